@@ -1,0 +1,1 @@
+"""One file an algorithm: Config, loss, run. They never import each other."""

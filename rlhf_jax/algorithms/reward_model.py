@@ -1,0 +1,165 @@
+"""Reward model: rank loss on K >= 2 responses of one prompt (InstructGPT, arXiv:2203.02155)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rlhf_jax import config, losses, sharding
+from rlhf_jax.data.batches import Comparisons, Demonstrations, Loader
+from rlhf_jax.models import heads, transformer
+from rlhf_jax.models.transformer import Model
+from rlhf_jax.training import loop
+from rlhf_jax.training import state as training
+from rlhf_jax.training.checkpoint import Checkpoints
+from rlhf_jax.training.metrics import Log
+
+
+class Config(config.Config):
+    """Settings of a reward-model run. `batch_size` counts prompts; all responses of a prompt are
+    one element, so that no pair of it is seen apart from the others (it overfits otherwise)."""
+
+    num_steps: int = 300
+    batch_size: int = 32
+    micro_batches: int = 1
+    centring_coef: float = 0.0
+    optimizer: training.OptimizerConfig = training.OptimizerConfig()
+    save_every: int = 300
+    seed: int = 0
+
+
+class Result(NamedTuple):
+    """The trained scorer and the metrics of each step this process ran."""
+
+    scorer: Model
+    history: list[dict[str, Any]]
+
+
+def score_batch(scorer: Model, batch: Comparisons, micro_batches: int = 1) -> Float[Array, "B K"]:
+    """Scores of all responses, [B, K, T] -> [B, K]; absent responses (mask 0) score 0."""
+    prompts, responses, length = batch.tokens.shape
+    flat = lambda x: x.reshape(prompts, responses * length)  # noqa: E731
+
+    def forward(tokens, attend):
+        scores = heads.sequence_scores(
+            scorer, tokens.reshape(-1, length), attend.reshape(-1, length)
+        )
+        return scores.reshape(-1, responses)
+
+    scores = heads.map_rows(forward, micro_batches, flat(batch.tokens), flat(batch.attend))
+    return jnp.where(batch.mask > 0, scores, 0.0)
+
+
+def loss(config: Config, params: dict, batch: Comparisons):
+    """Mean over prompts of the mean rank loss over each prompt's pairs, nats.
+
+    InstructGPT eq. 1: a prompt with nine responses weighs as much as one with four. Prompts
+    without a pair (all ties) do not count in the mean. With `centring_coef`, every pair adds
+    (chosen + rejected)^2 with the same weights.
+    """
+    scores = score_batch(params["scorer"], batch, config.micro_batches)
+    pairs = losses.ranked_pairs(batch.ranks, batch.mask)
+    usable = jnp.max(pairs, axis=(1, 2))
+    ranking = losses.kwise_rank_loss(scores, batch.ranks, batch.mask, batch.margin)
+    centring = losses.masked_mean(
+        jnp.square(scores[:, :, None] + scores[:, None, :]), pairs, axis=(1, 2)
+    )
+    value = losses.masked_mean(ranking + config.centring_coef * centring, usable)
+    gap = scores[:, :, None] - scores[:, None, :]
+    right = (gap > 0) + 0.5 * (gap == 0)
+    metrics = {
+        "rewards/accuracies": losses.masked_mean(right, pairs),
+        "rewards/margins": losses.masked_mean(gap, pairs),
+        "rewards/chosen": losses.masked_mean(scores[:, :, None] + 0 * gap, pairs),
+        "rewards/rejected": losses.masked_mean(scores[:, None, :] + 0 * gap, pairs),
+        "num_pairs": jnp.sum(pairs),
+        "num_prompts": jnp.sum(usable),
+    }
+    return value, metrics
+
+
+def init_scorer(policy: Model, key: Array) -> Model:
+    """A language model's trunk under a fresh scalar head: normal, std 1 / sqrt(D + 1), bias 0."""
+    return transformer.with_score_head(transformer.without_lm_head(policy), key)
+
+
+def run(
+    config: Config,
+    policy: Model,
+    comparisons: Loader,
+    *,
+    loss_fn: Callable = loss,
+    mesh: jax.sharding.Mesh | None = None,
+    log: Log | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> Result:
+    """Trains a scorer that starts as `policy` (usually the SFT model) under a scalar head.
+
+    Continues from the newest checkpoint where there is one. Not centred yet: see `centre`.
+    Raises ValueError if the batch does not divide over the mesh, TrainingStopped on a non-finite
+    step.
+    """
+    trained, history = loop.fit(
+        config,
+        lambda policy: {"scorer": init_scorer(policy, jax.random.key(config.seed))},
+        policy,
+        loss_fn,
+        comparisons,
+        name="reward_model",
+        mesh=mesh or sharding.make_mesh(),
+        log=log or Log(quiet=True),
+        checkpoints=checkpoints,
+    )
+    return Result(trained["scorer"], history)
+
+
+def centre(scorer: Model, responses: Loader, *, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """Shifts the head's bias so that `responses`, usually the demonstrations, score mean 0.
+
+    The rank loss does not see a shift; PPO's value function and KL trade-off do (InstructGPT,
+    section 3.5). Every demonstration, or every response of every comparison, counts once.
+    """
+    mesh = mesh or sharding.make_mesh()
+
+    def sums(scorer, batch: Demonstrations | Comparisons):
+        if isinstance(batch, Comparisons):
+            scores, real = score_batch(scorer, batch), batch.mask
+        else:
+            scores = heads.sequence_scores(scorer, batch.tokens, batch.attend)
+            real = jnp.max(batch.mask, axis=1)
+        return losses.masked_sum(scores, real), jnp.sum(real)
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(sums)
+        totals = [
+            compiled(scorer, sharding.put_rows(mesh, batch)) for batch in responses.epoch_batches()
+        ]
+        total, count = (sum(float(x) for x in column) for column in zip(*totals))
+    head = scorer.weights["score"]
+    head = {**head, "bias": head["bias"] - total / count}
+    return Model(scorer.config, {**scorer.weights, "score": head})
+
+
+def evaluate(
+    config: Config, scorer: Model, comparisons: Loader, *, mesh: jax.sharding.Mesh | None = None
+) -> dict[str, float]:
+    """Held-out loss (mean over prompts) and accuracy (mean over pairs; an exact tie is half)."""
+    mesh = mesh or sharding.make_mesh()
+
+    def sums(config, scorer, batch):
+        value, metrics = loss(config, {"scorer": scorer}, batch)
+        prompts, pairs = metrics["num_prompts"], metrics["num_pairs"]
+        return value * prompts, prompts, metrics["rewards/accuracies"] * pairs, pairs
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(sums)
+        totals = [
+            compiled(config, scorer, sharding.put_rows(mesh, batch))
+            for batch in comparisons.epoch_batches()
+        ]
+        value, prompts, right, pairs = (sum(float(x) for x in column) for column in zip(*totals))
+    return {"eval_loss": value / prompts, "eval_accuracy": right / pairs, "eval_pairs": pairs}

@@ -1,0 +1,1 @@
+"""Files and prepared datasets to tokenised batches: builders, formats, tokenizers, batches."""

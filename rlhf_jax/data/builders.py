@@ -1,0 +1,343 @@
+"""Files to TFDS datasets, and any prepared TFDS dataset to rows.
+
+A local file becomes a TFDS dataset in array_record files, once for each content: row order is the
+file's (TFDS's own shuffling is off) and every row keeps its file and line. TensorFlow is never
+imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+_NAME = "local_rows"
+_LAYOUT = "1"  # part of the cache key: raise it when what is stored for a row changes
+_CHUNK = 256
+
+
+class Rows(Sequence):
+    """Rows of a dataset by position: `rows[i] -> (row, where)`, with `where` for error messages."""
+
+    def __init__(self, source: Any, name: str, packed: bool):
+        self._source = source
+        self._name = name
+        self._packed = packed
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Any], str]:
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"{self._name}: row {index} of {len(self)}")
+        return self._unpack(position, self._source[position])
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
+        # Reading many records in one call is ten times faster than one by one.
+        for start in range(0, len(self), _CHUNK):
+            positions = range(start, min(start + _CHUNK, len(self)))
+            for position, record in zip(positions, self._source.__getitems__(list(positions))):
+                yield self._unpack(position, record)
+
+    def _unpack(self, position: int, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        if self._packed:
+            where = _where(record["file"].decode(), int(record["line"]))
+            return json.loads(record["row"]), where
+        where = f"{self._name} row {position + 1}"
+        return {field: _plain(value, field, where) for field, value in record.items()}, where
+
+
+def load(
+    source: str | os.PathLike, split: str = "train", cache: str | os.PathLike | None = None
+) -> Rows:
+    """Opens a dataset: a .jsonl or .json file (or .gz), a prepared TFDS folder, or a TFDS name.
+
+    A file is a dataset with the one split "train", stored under `cache` (default: the variable
+    RLHF_JAX_CACHE, else ~/.cache/rlhf_jax). For a TFDS name ("c4/en") `cache` is TFDS's data
+    folder, where the dataset must be prepared already: nothing is downloaded. `split` is anything
+    TFDS understands, "train[:90%]" included.
+
+    Raises ValueError, on one line, for a source that is missing, unreadable or of another kind, and
+    for a damaged file with the line it is damaged at.
+    """
+    path = pathlib.Path(source).expanduser()
+    if path.is_file():
+        builder = _open(_stored(path, cache))
+    elif path.is_dir():
+        builder = _open(path)
+    elif str(source).startswith((".", "~", os.sep)) or path.suffix in (".gz", ".json", ".jsonl"):
+        raise ValueError(f"{source}: no such file or folder; check the path")
+    else:
+        builder = _registered(str(source), cache)
+    packed = set(builder.info.features) == {"row", "file", "line"}
+    try:
+        rows = builder.as_data_source(split=split)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{source}: cannot read split {split!r} ({_first_line(error)}); "
+            f"it has {sorted(builder.info.splits)}"
+        ) from None
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{source}: its files cannot be read by position ({_first_line(error)}); "
+            "prepare the dataset again with file_format='array_record'"
+        ) from None
+    return Rows(rows, f"{builder.info.full_name}:{split}", packed)
+
+
+class _Line(NamedTuple):
+    """One row of a file and its number, from 1: the line in .jsonl, the place in a .json array."""
+
+    row: dict[str, Any]
+    number: int
+
+
+def _where(file: str, number: int) -> str:
+    is_lines = file.lower().removesuffix(".gz").endswith(".jsonl")
+    return f"{file}:{number}" if is_lines else f"{file} row {number}"
+
+
+def _stored(path: pathlib.Path, cache: str | os.PathLike | None) -> pathlib.Path:
+    """The TFDS folder of a local file, written now unless the same content was before."""
+    if not path.name.lower().endswith(SUFFIXES):
+        raise ValueError(f"{path}: unknown kind of file; {', '.join(SUFFIXES)} are read")
+    key = _content_hash(path)
+    folder = pathlib.Path(cache or os.environ.get("RLHF_JAX_CACHE") or "~/.cache/rlhf_jax")
+    folder = folder.expanduser()
+    target = folder / key
+    if target.is_dir():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        work = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: the cache folder cannot be written ({error.strerror}); "
+            "set RLHF_JAX_CACHE to one that can"
+        ) from None
+    try:
+        written = _write(path, work)
+        try:
+            # Whoever renames first wins; the content is the same, so the others use theirs.
+            written.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work)
+    return target
+
+
+def _content_hash(path: pathlib.Path) -> str:
+    # The name counts too: it is stored with every row.
+    digest = hashlib.sha256(f"{_LAYOUT}\n{path.name}\n".encode())
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check permissions") from None
+    return digest.hexdigest()[:32]
+
+
+def _write(path: pathlib.Path, work: pathlib.Path) -> pathlib.Path:
+    """Writes the file's rows as a TFDS dataset somewhere below `work`; returns its folder."""
+    lines = _rows_of(path)
+    # TFDS reports an empty dataset by an assertion without a name: look at one row first.
+    first = next(lines, None)
+    if first is None:
+        raise ValueError(f"{path.name}: no row in this file; it takes one object or more")
+
+    def examples():
+        yield first
+        yield from lines
+
+    import tensorflow_datasets as tfds
+
+    class LocalRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """Rows of one local file, each as JSON text with its file and line."""
+
+        name = _NAME
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "row": tfds.features.Text(),
+                "file": tfds.features.Text(),
+                "line": tfds.features.Scalar(dtype=np.int64),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="Rows of one local file, as JSON.",
+                features=tfds.features.FeaturesDict(features),
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, (row, number) in enumerate(examples()):
+                yield i, {"row": json.dumps(row), "file": path.name, "line": number}
+
+    builder = LocalRows(data_dir=work, file_format="array_record")
+    # Progress bars and banners about a download that does not happen.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        builder.download_and_prepare()
+    return pathlib.Path(builder.data_dir)
+
+
+def _rows_of(path: pathlib.Path) -> Iterator[_Line]:
+    is_lines = path.name.lower().removesuffix(".gz").endswith(".jsonl")
+    return _json_lines(path) if is_lines else _json_array(path)
+
+
+def _raw_lines(path: pathlib.Path) -> Iterator[bytes]:
+    """Lines of a plain or gzip file, split at line feeds only: JSON may hold U+2028 as it is."""
+    opened = gzip.open if path.name.lower().endswith(".gz") else open
+    done = 0
+    try:
+        with opened(path, "rb") as file:
+            for done, line in enumerate(file, 1):  # noqa: B007 (for the error below)
+                yield line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(
+            f"{path.name}: the gzip data is damaged or cut off after line {done} "
+            f"({_first_line(error)}); fetch or write the file again"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the file") from None
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not valid UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
+        ) from None
+
+
+def _json_lines(path: pathlib.Path) -> Iterator[_Line]:
+    for number, line in enumerate(_raw_lines(path), 1):
+        where = f"{path.name}:{number}"
+        text = _decoded(line, where)
+        if not text.strip():
+            continue  # a blank line holds no row, so that nothing is lost
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: malformed JSON ({error.msg}, column {error.colno}); "
+                "a .jsonl file has one complete object a line"
+            ) from None
+        except (ValueError, RecursionError) as error:  # a giant number, a thousand brackets
+            raise ValueError(f"{where}: unusable JSON ({error}); correct the line") from None
+        yield _Line(_object(row, where), number)
+
+
+def _json_array(path: pathlib.Path) -> Iterator[_Line]:
+    lines = [
+        _decoded(line, f"{path.name}:{number}") for number, line in enumerate(_raw_lines(path), 1)
+    ]
+    try:
+        rows = json.loads("".join(lines))
+    except json.JSONDecodeError as error:
+        remedy = "a .json file holds one array of objects; one object a line is .jsonl"
+        raise ValueError(
+            f"{path.name}:{error.lineno}: malformed JSON ({error.msg}, column {error.colno}); "
+            f"{remedy}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: unusable JSON ({error}); correct the file") from None
+    if not isinstance(rows, list):
+        raise ValueError(
+            f"{path.name}: holds {_kind(rows)}, not an array; a .json file holds one array of "
+            "objects"
+        )
+    for number, row in enumerate(rows, 1):
+        yield _Line(_object(row, _where(path.name, number)), number)
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{where}: the row is {_kind(row)}; it must be an object of named fields, "
+            'such as {"prompt": ..., "completion": ...}'
+        )
+    return row
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
+    return names.get(type(value), "a number")
+
+
+def _open(folder: pathlib.Path) -> Any:
+    if not (folder / "dataset_info.json").is_file():
+        raise ValueError(
+            f"{folder}: not a prepared TFDS folder (no dataset_info.json); name the folder of one "
+            f"version, or a file ({', '.join(SUFFIXES)})"
+        )
+    import tensorflow_datasets as tfds
+
+    return tfds.builder_from_directory(folder)
+
+
+def _registered(name: str, data_dir: str | os.PathLike | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except (ValueError, ImportError, tfds.core.DatasetNotFoundError) as error:
+        raise ValueError(
+            f"{name}: neither a file, nor a folder, nor a TFDS dataset ({_first_line(error)}); "
+            "check the spelling, and TFDS_DATA_DIR for a prepared one"
+        ) from None
+    if not builder.is_prepared():
+        raise ValueError(
+            f"{name}: not prepared under {builder.data_dir}; run tfds.builder({name!r}, "
+            "file_format='array_record').download_and_prepare(), or set TFDS_DATA_DIR"
+        )
+    return builder
+
+
+def _plain(value: Any, field: str, where: str) -> Any:
+    """What TFDS reads as Python values: bytes to text, arrays to lists, scalars to numbers."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"{where}: {field!r} is not valid UTF-8; prepare the dataset with text in it"
+            ) from None
+    if isinstance(value, dict):
+        return {name: _plain(x, f"{field}.{name}", where) for name, x in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+        return _plain(value, field, where) if isinstance(value, bytes | list) else value
+    if isinstance(value, list):
+        return [_plain(x, field, where) for x in value]
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    # str() of a KeyError is the repr of its text, quotes included.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return (text.splitlines() or [type(error).__name__])[0]

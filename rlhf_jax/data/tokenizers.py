@@ -1,0 +1,301 @@
+"""Tokenizers: bytes, a small trained BPE, or a Hugging Face folder, all behind one record.
+
+Ids come from `tokenizer.json` exactly as the folder ships it. transformers 5 rebuilds Llama
+tokenizers from their class instead, which loses leading spaces (its pull request 47700); on other
+text the ids are the same, and they are those of transformers 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+PAD, EOS = "<pad>", "<eos>"
+_ANCHOR = "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back.
+
+    vocab_size: one more than the largest id. pad_id: never an EOS. eos_ids: every id that ends a
+    text; the first is appended to completions. bos_id: what a prompt starts with, or None where
+    the tokenizer prepends nothing. Build one with `byte_tokenizer`, `train_bpe` or `from_folder`.
+    """
+
+    vocab_size: int
+    pad_id: int
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    backend: tokenizers.Tokenizer = dataclasses.field(repr=False, compare=False)
+    settings: dict[str, Any] = dataclasses.field(repr=False, compare=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; nothing is prepended or appended."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of `ids`, special tokens and ids past the vocabulary skipped.
+
+        A filler pad (see `from_folder`) is an ordinary token: cut padding off by its mask first.
+        Tokenizers that mark a word by a space before it drop the space in front of the first one.
+        """
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """BOS where the tokenizer has one, then the prompt: what the sampler is fed."""
+        return ([] if self.bos_id is None else [self.bos_id]) + self.encode(prompt)
+
+    def encode_continuation(self, prompt: str, completion: str) -> list[int]:
+        """Ids of `completion` as it follows `prompt`, so that both together spell the text.
+
+        The policy conditions on the prompt's own ids, so no token may cross the boundary. Where the
+        ids of the whole text start with those of the prompt, the rest of them is the answer. Where
+        a token does cross, the completion is encoded on its own; if the tokenizer then puts a space
+        in front of it that the text does not have, it is encoded after a line break instead.
+        """
+        head = self.encode(prompt)
+        whole = self.encode(prompt + completion)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+        alone = self.encode(completion)
+        anchor = self.encode(_ANCHOR)
+        anchored = self.encode(_ANCHOR + completion)
+        if anchored[: len(anchor)] == anchor:
+            text = self.decode(whole)
+            if self.decode(head + alone) != text == self.decode(head + anchored[len(anchor) :]):
+                return anchored[len(anchor) :]
+        return alone
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes a folder that `from_folder` and `transformers.AutoTokenizer` read.
+
+        tokenizer.json, tokenizer_config.json (chat template included), and the ids of this record
+        in generation_config.json, whose other entries are kept if it is there already.
+        """
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        # The generic class makes every version of transformers read tokenizer.json as it is.
+        settings = self.settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if (
+            settings.get("pad_token")
+            and _token_id(self.backend, settings, "pad_token", folder) != self.pad_id
+        ):
+            settings["pad_token"] = None  # overruled by whoever loaded it
+        _write_json(folder / "tokenizer_config.json", settings)
+        generation = _read_json(folder / "generation_config.json")
+        generation |= {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
+        if self.bos_id is not None:
+            generation["bos_token_id"] = self.bos_id
+        _write_json(folder / "generation_config.json", generation)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """UTF-8 bytes as ids 0..255, pad 256, EOS 257, no BOS. Lossless on every text."""
+    vocab = {character: byte for byte, character in _byte_characters().items()}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.add_special_tokens([PAD, EOS])
+    return _own(backend)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE trained on `texts`: pad 0, EOS 1, the 256 bytes, then merges within words.
+
+    Lossless on every text, not only on the training one, since all bytes are in it. Deterministic:
+    neither the order of the texts nor the machine changes it. Fewer entries than `vocab_size`
+    come out where the texts have no more pairs to merge. Raises ValueError below 258 entries or
+    without texts.
+    """
+    if vocab_size < 258:
+        raise ValueError(
+            f"vocab_size={vocab_size} leaves no room for the 256 bytes, {PAD} and {EOS}; "
+            "use 258 or more"
+        )
+    # A fixed order makes the outcome one of the set of texts, whatever ties there are.
+    texts = sorted(texts)
+    if not any(texts):
+        raise ValueError("there is no text to train a tokenizer on; pass at least one string")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _own(backend)
+
+
+def from_folder(path: str | os.PathLike, pad_id: int | None = None) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder.
+
+    Ids come from tokenizer.json; a folder without one goes through `transformers.AutoTokenizer`.
+    EOS ids are those of generation_config.json, or else config.json, or else the tokenizer's own.
+    BOS is the tokenizer's if it prepends one. Pad: `pad_id`, or the tokenizer's own, or the
+    configurations'; if that is missing or an EOS, padding is filled with the unknown token or the
+    lowest id that is neither EOS nor BOS, which is logged once as a warning.
+
+    Raises ValueError if there is no tokenizer, no EOS, or `pad_id` is an EOS or no id at all.
+    """
+    folder = pathlib.Path(path)
+    settings = _read_json(folder / "tokenizer_config.json")
+    # Older versions of transformers keep special tokens, newer ones chat templates, in own files.
+    settings = _read_json(folder / "special_tokens_map.json") | settings
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        settings["chat_template"] = template.read_text(encoding="utf-8")
+    backend = _backend(folder)
+    backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
+    model_settings = _read_json(folder / "config.json")
+    generation = _read_json(folder / "generation_config.json")
+
+    def configured(name: str) -> int | list[int] | None:
+        found = generation.get(name)
+        return model_settings.get(name) if found is None else found
+
+    eos = configured("eos_token_id")
+    eos = _token_id(backend, settings, "eos_token", folder) if eos is None else eos
+    if eos is None or eos == []:
+        raise ValueError(
+            f"{folder}: no EOS is named; set 'eos_token_id' in generation_config.json or "
+            "'eos_token' in tokenizer_config.json"
+        )
+    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    if not all(isinstance(i, int) for i in eos_ids):
+        raise ValueError(f"{folder}: eos_token_id={eos} must be an id or a list of ids")
+    bos = _token_id(backend, settings, "bos_token", folder)
+    prepends = bos is not None and backend.encode("").ids[:1] == [bos]
+    size = _vocab_size(backend)
+    if pad_id is None:
+        named = (_token_id(backend, settings, "pad_token", folder), configured("pad_token_id"))
+        # Some configurations spell "none" as -1.
+        pad_id = next((i for i in named if i in range(size) and i not in eos_ids), None)
+    if pad_id is None:
+        unknown = _token_id(backend, settings, "unk_token", folder)
+        pad_id = _filler(unknown, {*eos_ids, bos}, size)
+        text = (
+            "%s has no pad that is not an EOS: padding is filled with id %d, which no mask counts"
+        )
+        logging.getLogger(__name__).warning(text, folder, pad_id)
+    _check_pad(folder, pad_id, eos_ids, size)
+    bos_id = bos if settings.get("add_bos_token", prepends) else None
+    return Tokenizer(size, pad_id, eos_ids, bos_id, backend, settings)
+
+
+def check_vocab(tokenizer: Tokenizer, model_vocab_size: int) -> None:
+    """Raises ValueError if the tokenizer has ids for which the model has no embedding."""
+    largest = max(tokenizer.vocab_size - 1, *tokenizer.eos_ids, tokenizer.pad_id)
+    if largest >= model_vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest} but the model's vocab_size is "
+            f"{model_vocab_size}; use the model's own tokenizer or vocab_size={largest + 1}"
+        )
+
+
+def _own(backend: tokenizers.Tokenizer) -> Tokenizer:
+    """A tokenizer of ours: byte level, and text that spells <eos> stays text."""
+    backend.decoder = decoders.ByteLevel()
+    backend.encode_special_tokens = True
+    settings = {
+        "pad_token": PAD,
+        "eos_token": EOS,
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+    }
+    pad, eos = backend.token_to_id(PAD), backend.token_to_id(EOS)
+    return Tokenizer(_vocab_size(backend), pad, (eos,), None, backend, settings)
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's printable character for each byte, as the ByteLevel pre-tokenizer spells them."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
+
+
+def _backend(folder: pathlib.Path) -> tokenizers.Tokenizer:
+    if (folder / "tokenizer.json").is_file():
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(
+                f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); restore the file"
+            ) from None
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ValueError(
+            f"{folder}: no tokenizer here; a tokenizer folder holds tokenizer.json "
+            "and tokenizer_config.json"
+        )
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+
+
+def _check_pad(folder: pathlib.Path, pad_id: int, eos_ids: tuple[int, ...], size: int) -> None:
+    if pad_id in eos_ids:
+        raise ValueError(
+            f"{folder}: pad_id={pad_id} is an EOS (eos_ids={eos_ids}), so padding would end "
+            "texts; give another id or leave pad_id out for a filler"
+        )
+    if not 0 <= pad_id < size:
+        raise ValueError(f"{folder}: pad_id={pad_id} is no id; use one of 0..{size - 1}")
+
+
+def _filler(unknown: int | None, taken: set[int | None], size: int) -> int:
+    candidates = ([] if unknown is None else [unknown]) + list(range(size))
+    return next(i for i in candidates if i not in taken)
+
+
+def _token_id(
+    backend: tokenizers.Tokenizer, settings: dict[str, Any], name: str, folder: pathlib.Path
+) -> int | None:
+    token = settings.get(name)
+    if token is None:
+        return None
+    token = token["content"] if isinstance(token, dict) else token
+    found = backend.token_to_id(token)
+    if found is None:
+        raise ValueError(
+            f"{folder}: {name} {token!r} of tokenizer_config.json is not in the vocabulary; "
+            "correct the name or add the token to tokenizer.json"
+        )
+    return found
+
+
+def _vocab_size(backend: tokenizers.Tokenizer) -> int:
+    # Ids can have holes, so that counting them is not enough.
+    return max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in `path`, empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds no JSON object; restore the file")
+    return found
+
+
+def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Rewards: anything that gives prompts and responses a number."""

@@ -1,0 +1,1 @@
+"""Training state, checkpoints, metrics and the report of a run."""

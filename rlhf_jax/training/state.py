@@ -1,0 +1,192 @@
+"""The train state and the one place where gradients are taken and optimizers called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax import config
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on: a non-finite loss, or a numeric check that failed. One line says why.
+
+    The last good checkpoint is intact: nothing is saved after the step that is named.
+    """
+
+
+class OptimizerConfig(config.Config):
+    """AdamW with warm-up, decay and clipping by global norm. Decay spares norms and biases.
+
+    `eps_form`: "torch" adds eps to the bias-corrected sqrt(v) (optax, torch); "tf" adds it before
+    the correction, which gives far smaller first steps at large eps (Huang et al. 2023, item 21).
+    """
+
+    learning_rate: float = 3e-4
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    final_scale: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    eps_form: Literal["torch", "tf"] = "torch"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+class TrainState(NamedTuple):
+    """What a step carries. `params` of a loss is `merge(frozen, trainable)`.
+
+    step []: updates applied; bad_step []: the first update whose loss or gradient was not finite,
+    or -1. From that update on the state no longer changes.
+    """
+
+    step: Int[Array, ""]
+    trainable: Any
+    frozen: Any
+    opt_state: Any
+    bad_step: Int[Array, ""]
+
+
+def merge(frozen: dict, trainable: dict) -> dict:
+    """One dictionary of models: what is frozen and what is trained."""
+    return {**frozen, **trainable}
+
+
+def schedule(optimizer: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate at an update: linear warm-up, then the decay to `final_scale` of the peak.
+
+    As in transformers: update 0 of a warm-up has rate 0, and the decay would reach its end at
+    update `num_steps`, so a linear one leaves the last update peak / num_steps.
+    """
+    peak, floor = optimizer.learning_rate, optimizer.learning_rate * optimizer.final_scale
+    warmup = optimizer.warmup_steps
+    length = max(num_steps - warmup, 1)
+
+    def rate(step):
+        done = jnp.clip((step - warmup) / length, 0.0, 1.0)
+        if optimizer.schedule == "constant":
+            decayed = jnp.float32(peak)
+        elif optimizer.schedule == "linear":
+            decayed = peak + (floor - peak) * done
+        else:
+            decayed = floor + (peak - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+        rising = peak * step / max(warmup, 1)
+        return jnp.where(step < warmup, rising, decayed)
+
+    return rate
+
+
+def _scale_by_adam(optimizer: OptimizerConfig) -> optax.GradientTransformation:
+    if optimizer.eps_form == "torch":
+        return optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps)
+    plain = optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2)
+
+    def update(updates, state, params=None):
+        _, state = plain.update(updates, state, params)
+        t = state.count.astype(jnp.float32)
+        rate = jnp.sqrt(1.0 - optimizer.b2**t) / (1.0 - optimizer.b1**t)
+        step = lambda m, v: rate * m / (jnp.sqrt(v) + optimizer.eps)  # noqa: E731
+        return jax.tree.map(step, state.mu, state.nu), state
+
+    return optax.GradientTransformation(plain.init, update)
+
+
+def make_optimizer(optimizer: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """The transformation of one network: clip, Adam, decoupled decay, schedule.
+
+    Build it inside the compiled step: its numbers are traced leaves of the configuration.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.max_grad_norm),
+        _scale_by_adam(optimizer),
+        optax.add_decayed_weights(
+            optimizer.weight_decay, mask=lambda p: jax.tree.map(lambda x: jnp.ndim(x) > 1, p)
+        ),
+        optax.scale_by_learning_rate(schedule(optimizer, num_steps)),
+    )
+
+
+def init_state(optimizer: optax.GradientTransformation, trainable: Any) -> TrainState:
+    """A fresh state around a copy of `trainable` (steps donate their state), nothing frozen yet."""
+    trainable = jax.tree.map(jnp.copy, trainable)
+    return TrainState(jnp.int32(0), trainable, {}, optimizer.init(trainable), jnp.int32(-1))
+
+
+def gradient_step(
+    loss_fn: Callable, optimizer: optax.GradientTransformation, state: TrainState, batch: Any
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer update. `loss_fn(params, batch) -> (loss [], metrics)`.
+
+    Only `state.trainable` is differentiated. A non-finite loss or gradient leaves the state as it
+    was and marks the step; the host finds it in the metrics (`raise_if_bad`).
+    """
+
+    def on_trainable(trainable):
+        return loss_fn(merge(state.frozen, trainable), batch)
+
+    (loss, metrics), grads = jax.value_and_grad(on_trainable, has_aux=True)(state.trainable)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    good = finite & (state.bad_step < 0)
+    bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    trainable, opt_state = _keep(good, (trainable, opt_state), (state.trainable, state.opt_state))
+    step = state.step + good.astype(jnp.int32)
+    metrics = {"loss": loss, "grad_norm": norm, **metrics, "bad_step": bad_step}
+    return TrainState(step, trainable, state.frozen, opt_state, bad_step), metrics
+
+
+def update(loss_fn: Callable, config: Any, state: TrainState, batch: Any):
+    """The supervised step: `gradient_step` with the optimizer of `config`, and its rate logged."""
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    rate = schedule(config.optimizer, config.num_steps)(state.step)
+    state, metrics = gradient_step(lambda p, b: loss_fn(config, p, b), optimizer, state, batch)
+    return state, {**metrics, "lr": rate}
+
+
+def _keep(good: Bool[Array, ""], new, old):
+    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+
+
+def raise_if_bad(step: int, metrics: dict[str, float]) -> None:
+    """Raises TrainingStopped, naming the update, if a loss or gradient was not finite."""
+    bad = metrics["bad_step"]
+    if bad >= 0:
+        raise TrainingStopped(
+            f"non-finite loss or gradient at update {int(bad)}: the parameters were left as they "
+            "were before it and nothing was saved since; lower the learning rate, or look at the "
+            "batch of that update"
+        )
+
+
+class RunningMoments(NamedTuple):
+    """Count, mean and sum of squared deviations of all scores so far (Welford, Chan et al.)."""
+
+    count: Float[Array, ""]
+    mean: Float[Array, ""]
+    squares: Float[Array, ""]
+
+    @classmethod
+    def empty(cls) -> RunningMoments:
+        return cls(jnp.float32(0), jnp.float32(0), jnp.float32(0))
+
+    def push(self, x: Float[Array, " B"]) -> RunningMoments:
+        """The moments with a batch added."""
+        count = self.count + x.size
+        delta = jnp.mean(x) - self.mean
+        mean = self.mean + delta * x.size / count
+        squares = jnp.sum(jnp.square(x - jnp.mean(x)))
+        squares = self.squares + squares + jnp.square(delta) * self.count * x.size / count
+        return RunningMoments(count, mean, squares)
+
+    @property
+    def std(self) -> Float[Array, ""]:
+        """Population standard deviation; 0 while empty."""
+        return jnp.sqrt(self.squares / jnp.maximum(self.count, 1.0))

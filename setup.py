@@ -1,0 +1,46 @@
+"""Installs rlhf_jax. Extras: [test] the suite, [parity] its torch oracles, [tpu], [cuda]."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="rlhf_jax",
+    version="0.1.0",
+    description="RLHF for language models in JAX: SFT, reward models by rank loss, clipped PPO.",
+    license="Apache-2.0",
+    packages=find_packages(include=["rlhf_jax", "rlhf_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.8",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.20",
+        "tensorflow-datasets>=4.9.9",
+        "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without requiring it
+        "array_record>=0.7",
+        "grain>=0.2.10",
+        "transformers>=4.57",
+        "tokenizers>=0.22",
+        "jinja2>=3.1",
+        "safetensors>=0.5",
+        "tyro>=0.9",
+        "rich>=13",
+        "tensorboardX>=2.6",
+        "matplotlib>=3.8",
+        "jaxtyping>=0.3",
+        "numpy>=1.26",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "beartype>=0.20",
+            "hypothesis>=6",
+            "nbclient>=0.10",
+            "ipykernel>=6",
+            "ruff>=0.14",
+        ],
+        # Oracles, never imported outside the tests. A constraint holds torch to its CPU build.
+        "parity": ["torch>=2.6"],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+    },
+)

@@ -1,0 +1,205 @@
+"""Experiments at toy size: the whole path in one go, its files, its resume, its bad inputs."""
+
+import dataclasses
+import functools
+import gzip
+import importlib.util
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from rlhf_jax import launch, pipeline
+from rlhf_jax.algorithms import ppo, reward_model, sft
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+ONE_DEVICE = ["--mesh", "data=1,fsdp=1,tensor=1"]
+
+
+@functools.cache
+def experiment(name):
+    """The experiment as a module; importing one has no side effects."""
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path_factory, monkeypatch):
+    """Datasets go to a temporary cache; the process-wide compile cache is left alone."""
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(launch, "_cache_compiled", lambda: None)
+
+
+def small(config, iterations=2):
+    """The same experiment with a few tiny steps."""
+    shape = dataclasses.replace(config.model, num_layers=1, d_model=32, head_dim=8, d_ff=64)
+    return dataclasses.replace(
+        config,
+        model=shape,
+        sft=dataclasses.replace(config.sft, num_steps=4, batch_size=8, save_every=2),
+        reward_model=dataclasses.replace(config.reward_model, num_steps=4, batch_size=4),
+        ppo=dataclasses.replace(
+            config.ppo, num_iterations=iterations, batch_size=16, max_new_tokens=24, save_every=1
+        ),
+        best_of=2,
+    )
+
+
+def test_the_quickstart_runs_writes_its_files_and_continues(tmp_path, capsys):
+    quickstart = experiment("quickstart")
+    workdir = ["--workdir", str(tmp_path / "run"), *ONE_DEVICE]
+    summary = launch.launch(quickstart.run, small(quickstart.config), workdir)
+    run = tmp_path / "run"
+    assert json.loads((run / "summary.json").read_text()) == summary
+    for stage, figures in {
+        "sft": ["eval_loss"],
+        "reward_model": ["eval_accuracy", "best_reachable_accuracy"],
+        "ppo": ["gold_before", "gold_after", "kl", "gold_best_of_n", "grammatical_after"],
+        "seconds": ["sft", "reward_model", "ppo", "evaluation"],
+    }.items():
+        assert all(np.isfinite(summary[stage][name]) for name in figures)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    counts = {name: sum(line["stage"] == name for line in lines) for name in summary}
+    assert counts == {"sft": 4, "reward_model": 4, "ppo": 2, "seconds": 0}
+    wanted = {"objective/kl", "objective/gold", "policy/clipfrac_avg", "loss/value_avg"}
+    assert wanted <= lines[-1].keys()
+    page = (run / "report.html").read_text()
+    assert "KL to the reference" in page and "http" not in page.replace("http://www.w3.org", "")
+    printed = capsys.readouterr().out
+    assert "rows, 3800 kept, none dropped" in printed and "⟦" in printed
+    assert "The same prompts before and after PPO" in printed
+
+    # More iterations continue: SFT and the reward model are restored, not trained again.
+    longer = launch.launch(quickstart.run, small(quickstart.config, iterations=3), workdir)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["stage"] == "ppo" for line in lines) == 3
+    assert sum(line["stage"] == "sft" for line in lines) == 4
+    assert longer["sft"] == summary["sft"]
+
+    # Anything else is refused by name.
+    other = dataclasses.replace(small(quickstart.config, iterations=3), best_of=3)
+    with pytest.raises(SystemExit) as stopped:
+        launch.launch(quickstart.run, other, workdir)
+    assert stopped.value.code == 2
+    assert "best_of" in capsys.readouterr().err
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    quickstart = experiment("quickstart")
+    config = small(quickstart.config)
+    config = dataclasses.replace(
+        config,
+        sft=dataclasses.replace(config.sft, batch_size=12),
+        reward_model=dataclasses.replace(config.reward_model, batch_size=8),
+    )
+    arguments = ["--workdir", str(tmp_path / "run"), "--mesh", "data=8,fsdp=1,tensor=1"]
+    with pytest.raises(SystemExit) as stopped:
+        launch.launch(quickstart.run, config, arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "sft.batch_size=12 does not divide over data x fsdp = 8" in error and "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_minibatches": 3}, "is not a multiple of num_minibatches=3"),
+        ({"micro_batches": 0}, "ppo.micro_batches=0 must be at least 1"),
+        ({"max_new_tokens": 500}, "need 512 positions, but the model has max_length=128"),
+    ],
+)
+def test_sizes_of_the_last_stage_are_checked_before_the_first(tmp_path, capsys, changes, message):
+    quickstart = experiment("quickstart")
+    config = small(quickstart.config)
+    config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, **changes))
+    with pytest.raises(SystemExit) as stopped:
+        launch.launch(quickstart.run, config, ["--workdir", str(tmp_path / "run"), *ONE_DEVICE])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and "sft" not in captured.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_stories_without_data_say_how_to_name_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RLHF_JAX_DATA", raising=False)
+    stories = experiment("stories_sentiment")
+    with pytest.raises(SystemExit) as stopped:
+        launch.launch(stories.run, stories.config, ["--workdir", str(tmp_path / "x"), *ONE_DEVICE])
+    assert stopped.value.code == 2 and "--data DIR" in capsys.readouterr().err
+
+
+def test_stories_run_on_real_input_at_toy_size(tmp_path, real_data):
+    stories = experiment("stories_sentiment")
+    rows = gzip.open(real_data / "stories" / "tinystories_sample.jsonl.gz", "rt").readlines()[:120]
+    folder = tmp_path / "data"
+    (folder / "stories").mkdir(parents=True)
+    with gzip.open(folder / "stories" / "tinystories_sample.jsonl.gz", "wt") as file:
+        file.writelines(rows)
+    for name in ("models", "lexicon"):
+        (folder / name).symlink_to(real_data / name)
+    config = dataclasses.replace(
+        stories.config,
+        reward_model=dataclasses.replace(stories.config.reward_model, num_steps=2, batch_size=8),
+        ppo=dataclasses.replace(
+            stories.config.ppo, num_iterations=2, batch_size=16, num_epochs=1, save_every=1
+        ),
+        best_of=2,
+    )
+    arguments = ["--workdir", str(tmp_path / "run"), "--data", str(folder), *ONE_DEVICE]
+    summary = launch.launch(stories.run, config, arguments)
+    assert 1.0 < summary["ppo"]["cross_entropy_before"] < 3.0  # nats a token: it tells stories
+    assert -0.1 < summary["ppo"]["gold_before"] < 1.0
+
+
+def test_sentiment_is_vaders_normalised_sum():
+    stories = experiment("stories_sentiment")
+    lexicon = {"happy": 2.7, "sad": -2.1}
+    assert stories.sentiment(lexicon, "Happy, happy and sad!") == pytest.approx(
+        3.3 / (3.3**2 + 15) ** 0.5
+    )
+    assert stories.sentiment(lexicon, "nothing known") == 0.0
+
+
+def test_distinct_bigrams_counts_word_pairs():
+    assert pipeline.distinct_bigrams(["a b a b", "b a"]) == 2 / 4
+    assert pipeline.distinct_bigrams([""]) == 0.0
+
+
+@pytest.mark.parametrize("module", [sft, reward_model, ppo])
+def test_every_algorithm_is_config_loss_and_run(module):
+    assert {"Config", "loss", "run"} <= vars(module).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_quickstart_keeps_its_promises(tmp_path, seed):
+    """Gold up by 0.25 at a KL below 15 nats, grammar kept, an accurate reward model."""
+    quickstart = experiment("quickstart")
+    arguments = ["--workdir", str(tmp_path), "--seed", str(seed), *ONE_DEVICE]
+    summary = launch.launch(quickstart.run, quickstart.config, arguments)
+    policy, scorer = summary["ppo"], summary["reward_model"]
+    assert 0.35 <= policy["gold_before"] <= 0.6
+    assert policy["gold_after"] - policy["gold_before"] >= 0.25
+    assert policy["kl"] < 15
+    assert policy["grammatical_after"] >= 0.95 * policy["grammatical_before"]
+    assert scorer["eval_pairs"] >= 2000
+    assert scorer["eval_accuracy"] >= scorer["best_reachable_accuracy"] - 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_happier_stories_stay_stories(tmp_path, seed, real_data):
+    """Gold up by 0.2, cross entropy up by at most 0.3 nats a token, bigrams at least 80 %."""
+    stories = experiment("stories_sentiment")
+    arguments = ["--workdir", str(tmp_path), "--seed", str(seed), "--data", str(real_data)]
+    summary = launch.launch(stories.run, stories.config, [*arguments, *ONE_DEVICE])["ppo"]
+    assert summary["gold_after"] - summary["gold_before"] >= 0.2
+    assert summary["cross_entropy_after"] - summary["cross_entropy_before"] <= 0.3
+    assert summary["distinct_bigrams_after"] >= 0.8 * summary["distinct_bigrams_before"]

@@ -1,0 +1,72 @@
+"""A tiny text task that the tests of whole runs share: bytes, one layer, eight tokens."""
+
+from rlhf_jax import sharding
+from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.data import batches, tokenizers
+from rlhf_jax.models import transformer
+from rlhf_jax.training.state import OptimizerConfig
+
+MESHES = {
+    "1x1x1": (1, 1, 1),
+    "8x1x1": (8, 1, 1),
+    "1x8x1": (1, 8, 1),
+    "2x2x2": (2, 2, 2),
+    "1x2x4": (1, 2, 4),
+}
+TOKENIZER = tokenizers.byte_tokenizer()
+SHAPE = transformer.Config(
+    vocab_size=264,
+    num_layers=1,
+    d_model=32,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    d_ff=64,
+    max_length=32,
+)
+WORDS = ["ab", "cd", "efg", "hi", "jkl", "mn", "opq", "rs", "tu", "vwx", "yz", "zab"]
+ADAM = OptimizerConfig(learning_rate=3e-3, schedule="constant")
+SFT = sft.Config(num_steps=6, batch_size=8, optimizer=ADAM, save_every=2)
+REWARD_MODEL = reward_model.Config(num_steps=6, batch_size=8, optimizer=ADAM, save_every=2)
+PPO = ppo.Config(
+    num_iterations=4,
+    batch_size=16,
+    max_new_tokens=8,
+    num_epochs=2,
+    num_minibatches=2,
+    policy_optimizer=ADAM,
+    critic_optimizer=ADAM,
+    save_every=1,
+)
+ENDS = {"eos_ids": TOKENIZER.eos_ids, "pad_id": TOKENIZER.pad_id}
+
+
+def mesh(name="1x1x1"):
+    return sharding.make_mesh(*MESHES[name])
+
+
+def model(name="1x1x1", seed=0):
+    import jax
+
+    return sharding.born(mesh(name), lambda: transformer.init(SHAPE, jax.random.key(seed)))
+
+
+def demonstrations(batch_size=8, seed=0):
+    rows = [{"prompt": word, "completion": word[::-1]} for word in WORDS]
+    return batches.Loader(batches.demonstrations(rows, TOKENIZER, 4, 5), batch_size, seed)
+
+
+def comparisons(batch_size=8, seed=0):
+    rows = [{"prompt": w, "chosen": w[::-1] + "!", "rejected": w} for w in WORDS]
+    return batches.Loader(batches.comparisons(rows, TOKENIZER, 4, 5), batch_size, seed)
+
+
+def prompts(batch_size=16, seed=0):
+    rows = [{"prompt": word} for word in WORDS]
+    return batches.Loader(batches.prompts(rows, TOKENIZER, 4), batch_size, seed)
+
+
+def share_below_128(params, tokens, attend, mask):
+    """An on-device reward without parameters: the share of ids below 128."""
+    del params, attend
+    return ((tokens < 128) * mask).sum(1) / mask.sum(1)
