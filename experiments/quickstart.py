@@ -42,7 +42,7 @@ config = pipeline.Config(
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30, schedule="cosine"),
     ),
     reward_model=reward_model.Config(
-        num_steps=160,
+        num_steps=200,
         batch_size=64,
         optimizer=OptimizerConfig(learning_rate=7e-4, warmup_steps=20, schedule="cosine"),
     ),
@@ -53,7 +53,7 @@ config = pipeline.Config(
         num_minibatches=2,
         policy_optimizer=OptimizerConfig(learning_rate=3e-4, schedule="linear", final_scale=0.1),
         critic_optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear", final_scale=0.1),
-        kl_coef=0.1,
+        kl_coef=0.15,
         missing_eos_penalty=1.0,
     ),
 )
@@ -62,7 +62,7 @@ config = pipeline.Config(
 def run(config: pipeline.Config, context: Context) -> dict:
     """Makes the task in the workdir, trains, evaluates; returns the summary."""
     pipeline.check(config, context.mesh, config.model, MAX_PROMPT)
-    made = reviews.make(config.seed, context.workdir / "data", num_comparisons=10000)
+    made = reviews.make(config.seed, context.workdir / "data", num_comparisons=12800)
     shown = builders.load(made.demonstrations, "train[:95%]")
     held_out = builders.load(made.demonstrations, "train[95%:]")
     texts = (row["prompt"] + row["completion"] for row, _ in shown)

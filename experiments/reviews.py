@@ -108,7 +108,7 @@ NAMED = 0.5
 PLAIN = 0.5
 POINT = {"concrete": 0.30, "vague": 0.28, "chatter": 0.30, "absent": 0.12}
 ENDING = {"verdict": 0.34, "hedge": 0.30, "closing": 0.36}
-CORRUPTED = 0.25  # share of the responses in comparisons that are damaged
+CORRUPTED = 0.12  # share of the responses in comparisons that are damaged
 SHARPNESS = 6.0
 
 # The gold score: its points are in `properties`.

@@ -74,7 +74,7 @@ class Task(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Responses to the held-out prompts, in their order, and what they scored.
+    """Responses to the held-out prompts, in their order (again for each draw), and their scores.
 
     kl, reference_nats: of each response, to and under the reference; lengths in tokens.
     """
@@ -191,7 +191,7 @@ def optimise(
 
 
 class Comparison(NamedTuple):
-    """Held-out prompts answered before, after, and by best-of-n of before."""
+    """Held-out prompts answered n times before and after, and once by best-of-n of before."""
 
     before: Evaluation
     after: Evaluation
@@ -208,20 +208,22 @@ def compare(
 ) -> Comparison:
     """Both policies, and best-of-n of the first, on the held-out prompts with the same noise.
 
-    Best-of-n takes, of n samples of the first policy, the one that the reward model likes most.
+    Each policy answers every prompt n = `best_of` times, and all answers count. Best-of-n takes, of
+    the first policy's answers to a prompt, the one that the reward model likes most.
     Prints the table and keeps the samples for the report.
     """
     sample = responder(
         config, context, task.tokenizer, task.prompts_eval, before, learned.score, scorer
     )
 
-    def respond(policy: Model, number: int) -> Evaluation:
-        return evaluate(task.tokenizer, task.gold, sample(policy, number))
+    def draws(policy: Model) -> list[Evaluation]:
+        numbers = range(config.best_of)
+        return [evaluate(task.tokenizer, task.gold, sample(policy, i)) for i in numbers]
 
-    first, last = respond(before, 0), respond(after, 0)
-    draws = [first] + [respond(before, i) for i in range(1, config.best_of)]
-    best = np.argmax(np.stack([draw.scores for draw in draws]), axis=0)
-    picked = [Evaluation(*(field[i] for field in draws[k])) for i, k in enumerate(best)]
+    firsts, lasts = draws(before), draws(after)
+    first, last = firsts[0], lasts[0]
+    best = np.argmax(np.stack([draw.scores for draw in firsts]), axis=0)
+    picked = [Evaluation(*(field[i : i + 1] for field in firsts[k])) for i, k in enumerate(best)]
     rows = [
         {
             "prompt": first.prompts[i],
@@ -234,13 +236,19 @@ def compare(
     ]
     context.log.table("The same prompts before and after PPO", rows)
     context.log.samples("evaluation", 0, rows)
-    joined = Evaluation(*([*x] if isinstance(x[0], str) else np.array(x) for x in zip(*picked)))
-    return Comparison(first, last, joined)
+    return Comparison(_join(firsts), _join(lasts), _join(picked))
+
+
+def _join(evaluations: list[Evaluation]) -> Evaluation:
+    """One after another."""
+    fields = zip(*evaluations)
+    return Evaluation(*(sum(f, []) if isinstance(f[0], list) else np.concatenate(f) for f in fields))
 
 
 def summarise(config: AlignmentConfig, comparison: Comparison) -> dict[str, float]:
     """The figures of a `Comparison` that every task has. KL in nats a response, to `before`."""
     before, after, best = comparison
+    once = len(best.responses)  # a share of distinct pairs falls with the amount of text
     return {
         "gold_before": float(before.gold.mean()),
         "gold_after": float(after.gold.mean()),
@@ -250,8 +258,8 @@ def summarise(config: AlignmentConfig, comparison: Comparison) -> dict[str, floa
         "score_after": float(after.scores.mean()),
         "score_best_of_n": float(best.scores.mean()),
         "kl": float(after.kl.mean()),
-        "distinct_bigrams_before": distinct_bigrams(before.responses),
-        "distinct_bigrams_after": distinct_bigrams(after.responses),
+        "distinct_bigrams_before": distinct_bigrams(before.responses[:once]),
+        "distinct_bigrams_after": distinct_bigrams(after.responses[:once]),
         "length_before": float(before.lengths.mean()),
         "length_after": float(after.lengths.mean()),
     }

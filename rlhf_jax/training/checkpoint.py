@@ -27,7 +27,8 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
+        """The newest step, or None. Waits for what is being written: a step counts when complete."""
+        self._manager.wait_until_finished()
         return self._manager.latest_step()
 
     def save(self, step: int, tree: Any) -> None:
