@@ -85,24 +85,20 @@ def run(config: pipeline.Config, context: Context) -> dict:
         policy, summary_sft = pipeline.fine_tune(
             config, context, tokenizer, demonstrations, demonstrations_eval
         )
-    with clock("reward_model"):
-        scorer, summary_scorer = pipeline.train_scorer(config, context, task, policy)
-    with clock("ppo"):
-        trained = pipeline.optimise(config, context, task, policy, scorer).policy
-    with clock("evaluation"):
-        compared = pipeline.compare(config, context, task, policy, trained, scorer)
+    figures, compared = pipeline.align(config, context, task, policy, clock)
 
-    def grammatical(texts: list[str]) -> float:
-        return sum(map(made.grammatical, texts)) / len(texts)
+    def grammatical(answers: pipeline.Evaluation) -> float:
+        return sum(map(made.grammatical, answers.responses)) / len(answers.responses)
 
+    best = {"best_reachable_accuracy": made.best_accuracy}
+    kept = {
+        "grammatical_before": grammatical(compared.before),
+        "grammatical_after": grammatical(compared.after),
+    }
     return {
         "sft": summary_sft,
-        "reward_model": summary_scorer | {"best_reachable_accuracy": made.best_accuracy},
-        "ppo": pipeline.summarise(config, compared)
-        | {
-            "grammatical_before": grammatical(compared.before.responses),
-            "grammatical_after": grammatical(compared.after.responses),
-        },
+        "reward_model": figures["reward_model"] | best,
+        "ppo": figures["ppo"] | kept,
         "seconds": clock.seconds,
     }
 

@@ -24,9 +24,9 @@ Demonstrations draw every property by chance (gold 0.46 on average, standard dev
 that a policy which imitates them has room to improve: by tilting their distribution, mean gold 0.80
 costs 1.5 nats of KL per response, 0.88 2.5, 0.94 3.5, and 1.0 everywhere 5.1 (`ideal_kl`). A
 byte-level BPE of 768 entries needs 24 tokens for one on average, 33 at most. Comparisons are pairs
-(or rankings of K) of such responses, a quarter of them corrupted, labelled with Bradley-Terry
+(or rankings of K) of such responses, one in eight corrupted, labelled with Bradley-Terry
 (Plackett-Luce) noise: P(a above b) = sigmoid(sharpness * (gold(a) - gold(b))). No reward model can
-be expected to agree with those labels more often than `best_reachable` says: 0.77 at the default
+be expected to agree with those labels more often than `best_reachable` says: 0.76 at the default
 sharpness of 6.
 """
 

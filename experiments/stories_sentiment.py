@@ -17,12 +17,13 @@ import hashlib
 import math
 import pathlib
 import re
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import pipeline
-from rlhf_jax.algorithms import ppo, reward_model
+from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.data import batches, builders, formats, tokenizers
 from rlhf_jax.launch import Context, launch
 from rlhf_jax.models import huggingface
@@ -35,24 +36,24 @@ class Config(pipeline.AlignmentConfig):
     """With the reward model's data: `responses_per_prompt` samples of the policy are ranked by gold
     with Plackett-Luce noise of this `sharpness` (nats of preference a unit of gold)."""
 
-    responses_per_prompt: int = 4
+    responses_per_prompt: int = 8
     sharpness: float = 8.0
 
 
 config = Config(
     reward_model=reward_model.Config(
-        num_steps=200,
-        batch_size=32,
+        num_steps=140,
+        batch_size=16,
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, schedule="cosine"),
     ),
     ppo=ppo.Config(
-        num_iterations=32,
+        num_iterations=20,
         batch_size=128,
         max_new_tokens=MAX_RESPONSE,
         num_minibatches=2,
         policy_optimizer=OptimizerConfig(learning_rate=3e-4, final_scale=0.1),
         critic_optimizer=OptimizerConfig(learning_rate=1e-3, final_scale=0.1),
-        kl_coef=0.1,
+        kl_coef=0.5,
     ),
 )
 
@@ -77,15 +78,29 @@ def sentiment(lexicon: dict[str, float], text: str) -> float:
     return total / math.sqrt(total**2 + 15.0)
 
 
-def story_prompts(path: pathlib.Path) -> tuple[list[dict], list[dict]]:
-    """How stories begin, their first sentence: for training, and a held-out quarter."""
-    texts = (formats.demonstration(*row).completion for row in builders.load(path))
-    openings = sorted({re.split(r"(?<=[.!?])[\s\"]", text, maxsplit=1)[0] for text in texts})
-    held_out = [int(hashlib.sha256(text.encode()).hexdigest(), 16) % 4 == 0 for text in openings]
-    rows = [{"prompt": text} for text in openings]
-    return [r for r, out in zip(rows, held_out) if not out], [
-        r for r, out in zip(rows, held_out) if out
-    ]
+class Stories(NamedTuple):
+    """Rows: how stories begin, for training and held out, and the rest of the held-out ones."""
+
+    prompts: list[dict]
+    prompts_eval: list[dict]
+    endings_eval: list[dict]
+
+
+def read_stories(path: pathlib.Path) -> Stories:
+    """Stories cut after their first sentence; a quarter of the openings is held out."""
+    stories = Stories([], [], [])
+    seen = set()
+    for row in builders.load(path):
+        text = formats.demonstration(*row).completion
+        opening = re.split(r"(?<=[.!?])[\s\"]", text, maxsplit=1)[0]
+        held_out = int(hashlib.sha256(opening.encode()).hexdigest(), 16) % 4 == 0
+        rest = text[len(opening) :]
+        if held_out and rest.strip():
+            stories.endings_eval.append({"prompt": opening, "completion": rest})
+        if opening not in seen:
+            seen.add(opening)
+            (stories.prompts_eval if held_out else stories.prompts).append({"prompt": opening})
+    return stories
 
 
 def no_score(params, tokens, attend, mask):
@@ -127,14 +142,21 @@ def run(config: Config, context: Context) -> dict:
     tokenizer = tokenizers.from_folder(folder)
     tokenizers.check_vocab(tokenizer, policy.config.vocab_size)
     lexicon = read_lexicon(context.data / "lexicon" / "vader_lexicon.txt")
-    openings = story_prompts(context.data / "stories" / "tinystories_sample.jsonl.gz")
-    prompts, prompts_eval = (batches.prompts(rows, tokenizer, MAX_PROMPT) for rows in openings)
+    stories = read_stories(context.data / "stories" / "tinystories_sample.jsonl.gz")
+    prompts = batches.prompts(stories.prompts, tokenizer, MAX_PROMPT)
+    prompts_eval = batches.prompts(stories.prompts_eval, tokenizer, MAX_PROMPT)
 
     def gold(prompt: str, response: str) -> float:
         del prompt
         return sentiment(lexicon, response)
 
     clock = pipeline.Clock()
+    with clock("sft"):  # done already: how well the untouched model tells the held-out stories
+        endings = batches.demonstrations(
+            stories.endings_eval, tokenizer, MAX_PROMPT, policy.config.max_length - MAX_PROMPT
+        )
+        held_out = batches.Loader(endings, 32, config.seed)
+        eval_loss = sft.evaluate(sft.Config(), policy, held_out, mesh=context.mesh)
     with clock("comparisons"):
         ranked = rank_samples(config, context, tokenizer, gold, policy, prompts)[0]
         judged = rank_samples(config, context, tokenizer, gold, policy, prompts_eval)
@@ -147,23 +169,19 @@ def run(config: Config, context: Context) -> dict:
         prompts_eval=prompts_eval,
         gold=gold,
     )
-    with clock("reward_model"):
-        scorer, summary_scorer = pipeline.train_scorer(config, context, task, policy)
-    with clock("ppo"):
-        trained = pipeline.optimise(config, context, task, policy, scorer).policy
-    with clock("evaluation"):
-        compared = pipeline.compare(config, context, task, policy, trained, scorer)
+    figures, compared = pipeline.align(config, context, task, policy, clock)
 
-    def nats_per_token(judged: pipeline.Evaluation) -> float:
-        return float(judged.reference_nats.sum() / judged.lengths.sum())
+    def nats_per_token(answers: pipeline.Evaluation) -> float:
+        return float(answers.reference_nats.sum() / answers.lengths.sum())
 
+    kept = {
+        "cross_entropy_before": nats_per_token(compared.before),
+        "cross_entropy_after": nats_per_token(compared.after),
+    }
     return {
-        "reward_model": summary_scorer | {"best_reachable_accuracy": judged[1]},
-        "ppo": pipeline.summarise(config, compared)
-        | {
-            "cross_entropy_before": nats_per_token(compared.before),
-            "cross_entropy_after": nats_per_token(compared.after),
-        },
+        "sft": {"eval_loss": eval_loss},
+        "reward_model": figures["reward_model"] | {"best_reachable_accuracy": judged[1]},
+        "ppo": figures["ppo"] | kept,
         "seconds": clock.seconds,
     }
 

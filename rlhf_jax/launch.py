@@ -55,7 +55,7 @@ def launch(
 
     The workdir then holds config.json, summary.json, report.html and what `run` wrote. Started
     again on a workdir that holds a summary, it returns that without training; with a larger
-    number of steps or iterations, or after an interruption, `run` is called again and continues
+    number of iterations, or after an interruption, `run` is called again and continues
     from its checkpoints. Any other difference is refused.
 
     `argv=None` reads `sys.argv`. Exits (SystemExit) with the codes above, having printed one line
@@ -84,6 +84,7 @@ def _launch(run, flags, undo: contextlib.ExitStack) -> dict:
         raise ValueError("--workdir is missing: several processes need the same one; name it")
     workdir = _new_workdir(experiment) if flags.workdir is None else flags.workdir
     record = {"experiment": experiment, "config": plain(dataclasses.asdict(config))}
+    record["data"] = None if data is None else str(data.resolve())
     finished = _compare(workdir, record)
     log = Log(workdir, profile_steps=flags.profile)
     if finished is not None:
@@ -98,7 +99,7 @@ def _launch(run, flags, undo: contextlib.ExitStack) -> dict:
         described = record | _environment(mesh)
         write_atomically(workdir / "config.json", json.dumps(described, indent=2) + "\n")
     log.print(f"{experiment}: {workdir}")
-    _cache_compiled()
+    _set_up_jax()
     try:
         summary = plain(run(config, Context(workdir, log, mesh, data)))
     except TrainingStopped:
@@ -235,14 +236,15 @@ def _compare(workdir: Path, record: dict) -> dict | None:
         )
     old = _flat(before["config"]) | {"experiment file": before["experiment"]}
     new = _flat(record["config"]) | {"experiment file": record["experiment"]}
+    if before.get("data") and record["data"]:  # an experiment that needs none may be given one
+        old, new = old | {"data": before["data"]}, new | {"data": record["data"]}
     changed = [name for name in (old | new) if old.get(name, ()) != new.get(name, ())]
     refused = [name for name in changed if not _longer(name, old, new)]
     if refused:
         listed = ", ".join(f"{_name(old, name)} -> {_name(new, name)}" for name in refused)
         raise ValueError(
             f"--workdir {workdir} holds a run with other settings: {listed} (old -> new); "
-            "name a new --workdir or use the old values (only num_steps and num_iterations may "
-            "grow)"
+            "name a new --workdir or use the old values (only num_iterations may grow)"
         )
     if changed or not (workdir / "summary.json").exists():
         return None
@@ -326,8 +328,13 @@ def _environment(mesh: jax.sharding.Mesh) -> dict:
     }
 
 
-def _cache_compiled() -> None:
-    """Programs compiled once are loaded from disk by the next run."""
+def _set_up_jax() -> None:
+    """Settings of the whole process: a disk cache of compiled programs, and float32 as it is read.
+
+    Without the second, float32 products are TF32 on a GPU and bfloat16 on a TPU. Products of
+    bfloat16 arrays are not affected.
+    """
+    jax.config.update("jax_default_matmul_precision", "highest")
     if not jax.config.jax_compilation_cache_dir:  # set by JAX_COMPILATION_CACHE_DIR too
         folder = Path.home() / ".cache" / "rlhf_jax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -242,7 +242,9 @@ def compare(
 def _join(evaluations: list[Evaluation]) -> Evaluation:
     """One after another."""
     fields = zip(*evaluations)
-    return Evaluation(*(sum(f, []) if isinstance(f[0], list) else np.concatenate(f) for f in fields))
+    return Evaluation(
+        *(sum(f, []) if isinstance(f[0], list) else np.concatenate(f) for f in fields)
+    )
 
 
 def summarise(config: AlignmentConfig, comparison: Comparison) -> dict[str, float]:
@@ -263,6 +265,19 @@ def summarise(config: AlignmentConfig, comparison: Comparison) -> dict[str, floa
         "length_before": float(before.lengths.mean()),
         "length_after": float(after.lengths.mean()),
     }
+
+
+def align(
+    config: AlignmentConfig, context: Context, task: Task, policy: Model, clock: Clock
+) -> tuple[dict, Comparison]:
+    """Reward model, PPO and evaluation of a policy: ({"reward_model", "ppo"} figures, answers)."""
+    with clock("reward_model"):
+        scorer, figures = train_scorer(config, context, task, policy)
+    with clock("ppo"):
+        trained = optimise(config, context, task, policy, scorer).policy
+    with clock("evaluation"):
+        compared = compare(config, context, task, policy, trained, scorer)
+    return {"reward_model": figures, "ppo": summarise(config, compared)}, compared
 
 
 def responder(

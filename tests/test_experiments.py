@@ -33,7 +33,7 @@ def experiment(name):
 def caches(tmp_path_factory, monkeypatch):
     """Datasets go to a temporary cache; the process-wide compile cache is left alone."""
     monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(launch, "_cache_compiled", lambda: None)
+    monkeypatch.setattr(launch, "_set_up_jax", lambda: None)
 
 
 def small(config, iterations=2):

@@ -53,7 +53,7 @@ def apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RLHF_JAX_DATA", raising=False)
     # The cache is a setting of the whole process: only a process of its own may switch it on.
-    monkeypatch.setattr(launch_module, "_cache_compiled", lambda: None)
+    monkeypatch.setattr(launch_module, "_set_up_jax", lambda: None)
 
 
 def start(*argv, run=None, config=None):
@@ -192,6 +192,15 @@ def test_any_other_change_is_refused_naming_field_values_and_remedy(capsys, flag
     assert named in error and "name a new --workdir or use the old values" in error
     assert ("num_iterations=" in error) is False
     assert run.calls == [] and pathlib.Path("w/config.json").read_text() == before
+
+
+def test_another_data_folder_is_refused_and_none_at_all_is_not(capsys):
+    for name in ("a", "b"):
+        pathlib.Path(name).mkdir()
+    start("--workdir", "w", "--data", "a")
+    start("--workdir", "w")
+    start("--workdir", "w", "--data", "./a")
+    assert "/b" in refused(capsys, "--workdir", "w", "--data", "b")
 
 
 def test_another_experiment_or_another_field_is_refused(capsys):

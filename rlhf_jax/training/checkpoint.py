@@ -27,7 +27,7 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """The newest step, or None. Waits for what is being written: a step counts when complete."""
+        """The newest complete step, or None. Waits for one that is being written."""
         self._manager.wait_until_finished()
         return self._manager.latest_step()
 
