@@ -5,6 +5,18 @@
 Claim: a small language model that imitates reviews of mixed quality learns, from noisy comparisons
 alone, to write reviews that a hidden judge likes (`reviews.py` makes the task and the judge).
 Nothing is downloaded.
+
+Result, 2 cores of an Intel Xeon, 2026-11-23, 128 held-out prompts answered 16 times each:
+
+    seed                                      0               1               2
+    SFT loss, nats a token                 0.646           0.632           0.612
+    reward model's accuracy           0.736 of 0.762  0.720 of 0.757  0.734 of 0.761 reachable
+    gold, SFT -> PPO                  0.423 -> 0.833  0.398 -> 0.807  0.418 -> 0.806
+    gold, best of 16 by the scorer         0.732           0.662           0.713
+    KL, nats a response                     4.8             5.0             4.5
+    grammatical, SFT -> PPO           0.920 -> 0.918  0.913 -> 0.902  0.917 -> 0.903
+    distinct bigrams, SFT -> PPO      0.228 -> 0.154  0.235 -> 0.162  0.235 -> 0.176
+    minutes                                 2.7             3.2             3.4
 """
 
 from __future__ import annotations
