@@ -24,6 +24,8 @@ RULES = (
     (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),  # [D, H * Dh] or [D, F]
     (r"(out|down)/kernel$", P("tensor", "fsdp")),  # [H * Dh, D] or [F, D]
     (r"head/kernel$", P("fsdp", "tensor")),  # [D, V]
+    (r"lora_a$", P("fsdp", None)),  # [in, rank]
+    (r"lora_b$", P(None, "fsdp")),  # [rank, out]
     (r"score/kernel$", P("fsdp", None)),  # [D, 1]
     (r"score/bias$", P()),
     (r"norm\w*/scale$", P()),

@@ -35,7 +35,7 @@ from rich.table import Table
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.data.batches import Comparisons, Demonstrations, Prompts
-from rlhf_jax.models import transformer
+from rlhf_jax.models import lora, transformer
 from rlhf_jax.rewards import learned
 from rlhf_jax.sampling import decode
 from rlhf_jax.training import state as training
@@ -262,7 +262,7 @@ def make_ppo(config: Config, mesh: jax.sharding.Mesh, policy: transformer.Model)
     ends = _ends(config)
 
     def collect(settings, state, frozen, prompts):
-        models = training.merge(frozen, state.train.trainable)
+        models = lora.join(frozen, state.train.trainable)
         return ppo.collect(
             settings, learned.score, *ends.values(), models, state.iteration, prompts
         )

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax import advantages, config, losses, sharding
 from rlhf_jax.data.batches import Loader, Prompts
-from rlhf_jax.models import heads, transformer
+from rlhf_jax.models import heads, lora, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import rollout as rollouts
 from rlhf_jax.sampling.rollout import Rollout
@@ -179,7 +179,7 @@ def make_batch(config: Config, state: State, rollout: Rollout):
     Per token r_t = -kl_coef * (log p_old - log p_ref), the score on top (`score_at`), then GAE.
     Whitening uses the unbiased variance, as TRL does; rewards keep their mean.
     """
-    params = training.merge(state.train.frozen, state.train.trainable)
+    params = lora.join(state.train.frozen, state.train.trainable)
     logprobs, old_values, entropy = logprobs_and_values(config, params, rollout)
     mask = rollout.mask
     gap = lambda other: jnp.abs(rollout.old_logprobs - other) * mask  # noqa: E731
@@ -384,19 +384,19 @@ def check(config: Config, dtype: str, iteration: int, metrics: dict[str, float])
         )
 
 
-def init_state(config: Config, policy: Model, critic: Model | None) -> State:
-    """State before the first iteration. Without `critic` values start at exactly 0.
-
-    With `shared_critic` the value is a zero head on the policy, whatever `critic` is.
-    """
+def networks(config: Config, policy: Model, critic: Model | None) -> dict[str, Model]:
+    """What is trained. Without `critic` (or with `shared_critic`) values start at exactly 0."""
     if config.shared_critic:
-        trainable = {"policy": transformer.with_score_head(policy, None)}
-    else:
-        if critic is None:
-            critic = transformer.with_score_head(transformer.without_lm_head(policy), None)
-        trainable = {"policy": policy, "critic": critic}
+        return {"policy": transformer.with_score_head(policy, None)}
+    if critic is None:
+        critic = transformer.with_score_head(transformer.without_lm_head(policy), None)
+    return {"policy": policy, "critic": critic}
+
+
+def init_state(config: Config, policy: Model, critic: Model | None) -> State:
+    """State before the first iteration of training `networks`."""
     return State(
-        train=training.init_state(make_optimizer(config), trainable),
+        train=training.init_state(make_optimizer(config), networks(config, policy, critic)),
         iteration=jnp.int32(0),
         kl_coef=jnp.float32(config.kl_coef),
         scores=training.RunningMoments.empty(),
@@ -426,7 +426,7 @@ def _compile(config, mesh, state, frozen, loss_fn, score, eos_ids, pad_id):
     taken = (whole, moving, still, rows)
 
     def sample(config, state, frozen, prompts):
-        models = training.merge(frozen, state.train.trainable)
+        models = lora.join(frozen, state.train.trainable)
         return collect(config, score, eos_ids, pad_id, models, state.iteration, prompts)
 
     def step(config, state, frozen, rollout):
@@ -467,7 +467,8 @@ def run(
     check_sizes(config, mesh)
     loop.check_batch(config, prompts)
     with jax.set_mesh(mesh):
-        frozen = sharding.place(mesh, {"reference": policy, "scorer": scorer})
+        bases = lora.frozen(networks(config, policy, critic))
+        frozen = sharding.place(mesh, {"reference": policy, "scorer": scorer, **bases})
         state = sharding.born(mesh, functools.partial(init_state, config), policy, critic)
         state = (checkpoints.restore(state) if checkpoints else None) or state
         sample, step = _compile(config, mesh, state, frozen, loss_fn, score, eos_ids, pad_id)
@@ -494,5 +495,5 @@ def run(
                     late = None
             if late is not None:
                 report(*late)
-    trained = state.train.trainable
+    trained = lora.join(frozen, state.train.trainable)
     return Result(trained["policy"], trained.get("critic"), stage.history)

@@ -72,8 +72,12 @@ class Linear(nn.Module):
     def __call__(self, x):
         init = nn.initializers.normal(self.scale * x.shape[-1] ** -0.5)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        flat = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
-        return flat.reshape(*x.shape[:-1], self.features)
+        flat = x.reshape(-1, x.shape[-1])
+        out = flat @ kernel.astype(self.dtype)
+        if self.has_variable("params", "lora_a"):  # see lora.py
+            a, b, scale = (self.get_variable("params", f"lora_{x}") for x in ("a", "b", "scale"))
+            out = out + flat @ a.astype(self.dtype) @ (scale * b).astype(self.dtype)
+        return out.reshape(*x.shape[:-1], self.features)
 
 
 class Embed(nn.Module):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from rlhf_jax import sharding
+from rlhf_jax.models import lora
 from rlhf_jax.training import state as training
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.metrics import Log
@@ -40,8 +40,9 @@ def fit(
         # The weights are an argument: closed over, they would be constants of the program.
         start_from = lambda policy: training.init_state(optimizer, init(policy))  # noqa: E731
         state = sharding.born(mesh, start_from, policy)
+        frozen = sharding.place(mesh, lora.frozen(init(policy)))
         state = (checkpoints.restore(state) if checkpoints else None) or state
-        step = compile_step(mesh, training.update, loss_fn, config, state)
+        step = compile_step(mesh, training.update, loss_fn, config, state, frozen)
         start = int(state.step)
         with log.stage(name, config.num_steps, start=start, check=training.raise_if_bad) as stage:
             source = batches.from_position(start)
@@ -52,7 +53,7 @@ def fit(
                 if checkpoints and (done % config.save_every == 0 or done == config.num_steps):
                     stage.flush()  # raises if this step was bad: nothing bad is ever saved
                     checkpoints.save(done, state)
-    return state.trainable, stage.history
+    return lora.join(frozen, state.trainable), stage.history
 
 
 def check_batch(config: Any, batches: Any) -> None:
@@ -65,19 +66,30 @@ def check_batch(config: Any, batches: Any) -> None:
 
 
 def compile_step(
-    mesh: jax.sharding.Mesh, update: Callable, loss_fn: Callable, config: Any, state: Any
+    mesh: jax.sharding.Mesh,
+    update: Callable,
+    loss_fn: Callable,
+    config: Any,
+    state: training.TrainState,
+    frozen: dict,
 ) -> Callable:
     """Compiles `update(loss_fn, config, state, batch)` as `step(state, batch) -> (state, metrics)`.
 
-    The state keeps its shardings and is donated, the batch comes split by rows, metrics are whole
-    on every device. The configuration's numbers are traced: another value does not recompile.
+    The state keeps its shardings and is donated, frozen bases are neither donated nor copied, the
+    batch comes split by rows, metrics are whole on every device. The configuration's numbers are
+    traced: another value does not recompile.
     """
-    shardings = sharding.tree(mesh, state)
+    shardings, still = sharding.tree(mesh, state), sharding.tree(mesh, frozen)
     whole, rows = sharding.replicated(mesh), sharding.rows(mesh)
+
+    def step(config, state, frozen, batch):
+        state, metrics = update(loss_fn, config, state._replace(frozen=frozen), batch)
+        return state._replace(frozen={}), metrics
+
     compiled = jax.jit(
-        lambda config, state, batch: update(loss_fn, config, state, batch),
-        in_shardings=(whole, shardings, rows),
+        step,
+        in_shardings=(whole, shardings, still, rows),
         out_shardings=(shardings, whole),
         donate_argnums=1,
     )
-    return functools.partial(compiled, config)
+    return lambda state, batch: compiled(config, state, frozen, batch)

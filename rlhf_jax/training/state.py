@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import config
+from rlhf_jax.models import lora
 
 
 class TrainingStopped(RuntimeError):
@@ -40,7 +41,7 @@ class OptimizerConfig(config.Config):
 
 
 class TrainState(NamedTuple):
-    """What a step carries. `params` of a loss is `merge(frozen, trainable)`.
+    """What a step carries. `params` of a loss is `lora.join(frozen, trainable)`.
 
     step []: updates applied; bad_step []: the first update whose loss or gradient was not finite,
     or -1. From that update on the state no longer changes.
@@ -51,11 +52,6 @@ class TrainState(NamedTuple):
     frozen: Any
     opt_state: Any
     bad_step: Int[Array, ""]
-
-
-def merge(frozen: dict, trainable: dict) -> dict:
-    """One dictionary of models: what is frozen and what is trained."""
-    return {**frozen, **trainable}
 
 
 def schedule(optimizer: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -112,9 +108,12 @@ def make_optimizer(optimizer: OptimizerConfig, num_steps: int) -> optax.Gradient
     )
 
 
-def init_state(optimizer: optax.GradientTransformation, trainable: Any) -> TrainState:
-    """A fresh state around a copy of `trainable` (steps donate their state), nothing frozen yet."""
-    trainable = jax.tree.map(jnp.copy, trainable)
+def init_state(optimizer: optax.GradientTransformation, models: Any) -> TrainState:
+    """A fresh state around a copy of what is trained of `models` (steps donate their state).
+
+    Nothing is frozen in it yet: see `lora.frozen`.
+    """
+    trainable = jax.tree.map(jnp.copy, lora.trainable(models))
     return TrainState(jnp.int32(0), trainable, {}, optimizer.init(trainable), jnp.int32(-1))
 
 
@@ -128,7 +127,7 @@ def gradient_step(
     """
 
     def on_trainable(trainable):
-        return loss_fn(merge(state.frozen, trainable), batch)
+        return loss_fn(lora.join(state.frozen, trainable), batch)
 
     (loss, metrics), grads = jax.value_and_grad(on_trainable, has_aux=True)(state.trainable)
     norm = optax.tree.norm(grads)

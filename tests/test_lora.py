@@ -1,0 +1,166 @@
+"""LoRA: what is trained, what is shared, and what the adapter computes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.models import lora, transformer
+from rlhf_jax.rewards import learned
+from rlhf_jax.training.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+CONFIG = lora.Config(rank=2, alpha=6.0)
+TOKENS = jnp.arange(12).reshape(2, 6) + 60
+ATTEND = jnp.array([[1] * 6, [0, 0, 1, 1, 1, 1]])
+
+
+def logits(model):
+    return transformer.logits(model, transformer.hidden_states(model, TOKENS, ATTEND))
+
+
+def attached(config=CONFIG, scale=0.0):
+    """A tiny model with an adapter whose B is `scale` times noise."""
+    model = lora.attach(tiny.model(), config, jax.random.key(1))
+
+    def noise(path, x):
+        key = jax.random.key(len(jax.tree_util.keystr(path)))
+        return x + scale * jax.random.normal(key, x.shape) if path[-1].key == "lora_b" else x
+
+    return jax.tree.map_with_path(noise, model)
+
+
+def leaves(model):
+    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(model)}
+
+
+def base_of(model):
+    return leaves(lora.frozen({"m": model})["m"])
+
+
+def buffers(tree):
+    """Address and bytes of every buffer of a tree, or of all live arrays: aliases count once."""
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    shards = [s.data for x in arrays for s in x.addressable_shards]
+    return {x.unsafe_buffer_pointer(): x.nbytes for x in shards}
+
+
+def test_a_fresh_adapter_changes_nothing_and_shares_the_base():
+    model = tiny.model()
+    with_adapter = lora.attach(model, CONFIG, jax.random.key(1))
+    np.testing.assert_array_equal(logits(with_adapter), logits(model))
+    assert buffers(model).keys() <= buffers(with_adapter).keys()
+
+
+def test_each_kernel_becomes_w_plus_alpha_over_rank_a_b():
+    model = attached(scale=0.3)
+    node = model.weights["layer_0"]["mlp"]["up"]
+    merged = lora.merge(model)
+    by_hand = np.asarray(node["kernel"]) + 3.0 * np.asarray(node["lora_a"]) @ node["lora_b"]
+    np.testing.assert_allclose(merged.weights["layer_0"]["mlp"]["up"]["kernel"], by_hand, atol=1e-7)
+    assert jax.tree.structure(merged) == jax.tree.structure(tiny.model())
+    np.testing.assert_allclose(logits(model), logits(merged), atol=2e-5)
+    assert np.abs(logits(model) - logits(tiny.model())).max() > 0.1
+
+
+def test_only_the_targets_get_an_adapter():
+    model = attached(lora.Config(rank=3, targets=("query", "value")))
+    names = {name for name in leaves(model) if "lora_a" in name}
+    assert len(names) == 2 and all("query" in name or "value" in name for name in names)
+
+
+def test_parts_join_to_the_whole_and_a_model_without_adapter_is_all_trained():
+    models = {"policy": attached(), "critic": tiny.model()}
+    trainable, frozen = lora.trainable(models), lora.frozen(models)
+    assert frozen.keys() == {"policy"} and trainable["critic"] is models["critic"]
+    joined = lora.join(frozen, trainable)
+    assert jax.tree.structure(joined) == jax.tree.structure(models)
+    assert sum(x.size for x in jax.tree.leaves(trainable["policy"])) == sum(
+        2 * (a + b) for a, b in [(32, 32)] * 4 + [(32, 64)] * 2 + [(64, 32)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lora.Config(rank=0), "rank=0 must be at least 1"),
+        (lora.Config(targets=("query", "qkv")), r"targets=\['qkv'\]"),
+    ],
+)
+def test_bad_adapters_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        lora.attach(tiny.model(), config, jax.random.key(0))
+
+
+def test_an_adapter_on_an_adapter_is_refused():
+    with pytest.raises(ValueError, match="has an adapter already"):
+        lora.attach(attached(), CONFIG, jax.random.key(0))
+
+
+@pytest.mark.parametrize("mesh", ["1x1x1", "1x2x4"])
+def test_training_moves_the_adapter_and_leaves_the_base_alone(mesh):
+    policy = lora.attach(tiny.model(mesh), CONFIG, jax.random.key(1))
+    tuned = sft.run(tiny.SFT, policy, tiny.demonstrations(), mesh=tiny.mesh(mesh)).policy
+    scorer = reward_model.run(
+        tiny.REWARD_MODEL, tuned, tiny.comparisons(), mesh=tiny.mesh(mesh)
+    ).scorer
+    for model in (tuned, scorer):
+        before, after = base_of(policy), base_of(model)
+        assert after.keys() <= before.keys()
+        assert all(np.array_equal(before[name], after[name]) for name in after)
+    moved = {n for n, x in leaves(tuned).items() if not np.array_equal(x, leaves(policy)[n])}
+    assert len([n for n in moved if "lora_b" in n]) == 7
+
+
+def run_ppo(policy, scorer, config=tiny.PPO, **kwargs):
+    return ppo.run(
+        config,
+        policy=policy,
+        score=learned.score,
+        scorer=scorer,
+        critic=scorer,
+        prompts=tiny.prompts(),
+        mesh=tiny.mesh(),
+        **tiny.ENDS,
+        **kwargs,
+    )
+
+
+def scorer_on(policy):
+    return reward_model.init_scorer(policy, jax.random.key(3))
+
+
+def test_ppo_holds_one_copy_of_the_base():
+    """Policy, reference, reward model and critic: their kernels are the same buffers."""
+    policy = attached()
+    scorer = scorer_on(policy)
+    base = sum(buffers(lora.frozen({"m": policy})).values())
+    before = sum(buffers(jax.live_arrays()).values())
+    peak = []
+
+    def observe(rollout):
+        peak.append(sum(buffers(jax.live_arrays()).values()))
+        return {}
+
+    result = run_ppo(policy, scorer, observe=observe)
+    # Two adapters with two Adam moments each, a head, and some batches: less than half a base.
+    assert max(peak) - before < 0.5 * base
+    assert buffers(lora.frozen({"m": result.policy})).keys() <= buffers(policy).keys()
+    assert buffers(lora.frozen({"m": result.critic})).keys() <= buffers(policy).keys()
+
+
+def test_an_interrupted_run_with_adapters_ends_with_the_same_bits(tmp_path):
+    policy = attached()
+    whole = run_ppo(policy, scorer_on(policy))
+    short = dataclasses.replace(tiny.PPO, num_iterations=2)
+    with Checkpoints(tmp_path) as checkpoints:
+        # The schedule is constant, so the first two iterations do not know how many will follow.
+        run_ppo(policy, scorer_on(policy), short, checkpoints=checkpoints)
+        resumed = run_ppo(policy, scorer_on(policy), checkpoints=checkpoints)
+    for name, x in leaves(whole.policy).items():
+        np.testing.assert_array_equal(leaves(resumed.policy)[name], x, err_msg=name)
+    assert len(resumed.history) == 2
