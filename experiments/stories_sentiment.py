@@ -53,7 +53,7 @@ config = Config(
         num_minibatches=2,
         policy_optimizer=OptimizerConfig(learning_rate=3e-4, final_scale=0.1),
         critic_optimizer=OptimizerConfig(learning_rate=1e-3, final_scale=0.1),
-        kl_coef=0.65,
+        kl_coef=0.55,
     ),
 )
 
