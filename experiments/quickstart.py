@@ -94,8 +94,9 @@ def run(config: pipeline.Config, context: Context) -> dict:
     clock = pipeline.Clock()
     with clock("sft"):
         demonstrations_eval = batches.demonstrations(held_out, *sizes)
+        initial = pipeline.new_model(config.model, context, config.seed)
         policy, summary_sft = pipeline.fine_tune(
-            config, context, tokenizer, demonstrations, demonstrations_eval
+            config, context, initial, tokenizer, demonstrations, demonstrations_eval
         )
     figures, compared = pipeline.align(config, context, task, policy, clock)
 

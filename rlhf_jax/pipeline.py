@@ -61,7 +61,7 @@ class Task(NamedTuple):
     """What the stages after SFT read: a tokenizer, tokenised examples, and the judge of texts.
 
     `centre_on` are the responses that shall score 0 on average: the demonstrations, or the
-    policy's own samples where there are none.
+    policy's own samples where there are none. `gold` is None where nobody knows the truth.
     """
 
     tokenizer: Tokenizer
@@ -70,18 +70,19 @@ class Task(NamedTuple):
     centre_on: Examples
     prompts: Examples
     prompts_eval: Examples
-    gold: Gold
+    gold: Gold | None = None
 
 
 class Evaluation(NamedTuple):
     """Responses to the held-out prompts, in their order (again for each draw), and their scores.
 
-    kl, reference_nats: of each response, to and under the reference; lengths in tokens.
+    gold: None where the task has none. kl, reference_nats: of each response, to and under the
+    reference; lengths in tokens.
     """
 
     prompts: list[str]
     responses: list[str]
-    gold: np.ndarray
+    gold: np.ndarray | None
     scores: np.ndarray
     kl: np.ndarray
     reference_nats: np.ndarray
@@ -113,19 +114,23 @@ def check(
     transformer.check_length(shape, max_prompt + config.ppo.max_new_tokens)
 
 
+def new_model(shape: transformer.Config, context: Context, seed: int) -> Model:
+    """A model to be trained from scratch, born sharded."""
+    return sharding.born(context.mesh, lambda: transformer.init(shape, jax.random.key(seed)))
+
+
 def fine_tune(
-    config: Config,
+    config: Any,
     context: Context,
+    initial: Model,
     tokenizer: Tokenizer,
     demonstrations: Examples,
     demonstrations_eval: Examples,
 ):
-    """SFT of a new model on the demonstrations: (policy, {"eval_loss"})."""
+    """SFT of a model by `config.sft` and `config.seed`: (policy, {"eval_loss"})."""
     settings = config.sft
-    tokenizers.check_vocab(tokenizer, config.model.vocab_size)
+    tokenizers.check_vocab(tokenizer, initial.config.vocab_size)
     introduce(context, "demonstrations", demonstrations, demonstrations_eval, tokenizer)
-    key = jax.random.key(config.seed)
-    initial = sharding.born(context.mesh, lambda: transformer.init(config.model, key))
     with stage_checkpoints(context, "sft") as checkpoints:
         result = sft.run(
             settings,
@@ -140,19 +145,25 @@ def fine_tune(
     return result.policy, {"eval_loss": loss}
 
 
-def train_scorer(config: AlignmentConfig, context: Context, task: Task, policy: Model):
-    """A reward model from `policy`, centred as `task` says: (scorer, held-out figures)."""
+def train_scorer(
+    config: AlignmentConfig, context: Context, task: Task, policy: Model, name: str = "reward_model"
+):
+    """A reward model from `policy`, centred as `task` says: (scorer, held-out figures).
+
+    `name` is the stage's in logs and checkpoints, for a run that trains two of them.
+    """
     settings = config.seeded(config.reward_model)
     introduce(context, "comparisons", task.comparisons, task.comparisons_eval, task.tokenizer)
 
     def loader(examples: Examples) -> Loader:
         return Loader(examples, settings.batch_size, config.seed)
 
-    with stage_checkpoints(context, "reward_model") as checkpoints:
+    with stage_checkpoints(context, name) as checkpoints:
         result = reward_model.run(
             settings,
             policy,
             loader(task.comparisons),
+            name=name,
             mesh=context.mesh,
             log=context.log,
             checkpoints=checkpoints,
@@ -170,6 +181,8 @@ def optimise(
     introduce(context, "prompts", task.prompts, task.prompts_eval, task.tokenizer)
 
     def observe(rollout: Rollout) -> dict[str, float]:
+        if task.gold is None:
+            return {}
         prompts, responses = texts(task.tokenizer, rollout)
         return {"objective/gold": float(np.mean([*map(task.gold, prompts, responses)]))}
 
@@ -223,14 +236,16 @@ def compare(
     firsts, lasts = draws(before), draws(after)
     first, last = firsts[0], lasts[0]
     best = np.argmax(np.stack([draw.scores for draw in firsts]), axis=0)
-    picked = [Evaluation(*(field[i : i + 1] for field in firsts[k])) for i, k in enumerate(best)]
+    one = lambda field, i: None if field is None else field[i : i + 1]  # noqa: E731
+    picked = [Evaluation(*(one(field, i) for field in firsts[k])) for i, k in enumerate(best)]
+    name, judged = ("score", "scores") if task.gold is None else ("gold", "gold")
     rows = [
         {
             "prompt": first.prompts[i],
             "before": first.responses[i],
             "after": last.responses[i],
-            "gold before": round(float(first.gold[i]), 2),
-            "gold after": round(float(last.gold[i]), 2),
+            f"{name} before": round(float(getattr(first, judged)[i]), 2),
+            f"{name} after": round(float(getattr(last, judged)[i]), 2),
         }
         for i in range(min(config.num_shown, len(first.prompts)))
     ]
@@ -241,20 +256,23 @@ def compare(
 
 def _join(evaluations: list[Evaluation]) -> Evaluation:
     """One after another."""
-    fields = zip(*evaluations)
-    return Evaluation(
-        *(sum(f, []) if isinstance(f[0], list) else np.concatenate(f) for f in fields)
-    )
+
+    def along(field):
+        if field[0] is None:
+            return None
+        return sum(field, []) if isinstance(field[0], list) else np.concatenate(field)
+
+    return Evaluation(*map(along, zip(*evaluations)))
 
 
 def summarise(config: AlignmentConfig, comparison: Comparison) -> dict[str, float]:
     """The figures of a `Comparison` that every task has. KL in nats a response, to `before`."""
     before, after, best = comparison
     once = len(best.responses)  # a share of distinct pairs falls with the amount of text
+    gold = {"gold_before": before, "gold_after": after, "gold_best_of_n": best}
+    gold = {} if best.gold is None else {k: float(x.gold.mean()) for k, x in gold.items()}
     return {
-        "gold_before": float(before.gold.mean()),
-        "gold_after": float(after.gold.mean()),
-        "gold_best_of_n": float(best.gold.mean()),
+        **gold,
         "best_of": config.best_of,
         "score_before": float(before.scores.mean()),
         "score_after": float(after.scores.mean()),
@@ -330,10 +348,10 @@ def responder(
     return respond
 
 
-def evaluate(tokenizer: Tokenizer, gold: Gold, rollout: Rollout) -> Evaluation:
+def evaluate(tokenizer: Tokenizer, gold: Gold | None, rollout: Rollout) -> Evaluation:
     """A rollout as texts and figures. Host arrays."""
     prompts, responses = texts(tokenizer, rollout)
-    judged = np.array([*map(gold, prompts, responses)])
+    judged = None if gold is None else np.array([*map(gold, prompts, responses)])
     nats = -np.sum(rollout.ref_logprobs * rollout.mask, axis=1)
     kl = np.sum(rollout.old_logprobs * rollout.mask, axis=1) + nats
     return Evaluation(prompts, responses, judged, rollout.scores, kl, nats, rollout.lengths)

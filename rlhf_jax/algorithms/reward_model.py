@@ -93,13 +93,15 @@ def run(
     comparisons: Loader,
     *,
     loss_fn: Callable = loss,
+    name: str = "reward_model",
     mesh: jax.sharding.Mesh | None = None,
     log: Log | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Result:
     """Trains a scorer that starts as `policy` (usually the SFT model) under a scalar head.
 
-    Continues from the newest checkpoint where there is one. Not centred yet: see `centre`.
+    Continues from the newest checkpoint where there is one. Not centred yet: see `centre`. `name`
+    is the stage's in the log.
     Raises ValueError if the batch does not divide over the mesh, TrainingStopped on a non-finite
     step.
     """
@@ -109,7 +111,7 @@ def run(
         policy,
         loss_fn,
         comparisons,
-        name="reward_model",
+        name=name,
         mesh=mesh or sharding.make_mesh(),
         log=log or Log(quiet=True),
         checkpoints=checkpoints,
