@@ -14,6 +14,7 @@ import pytest
 
 from rlhf_jax.data import batches, builders, formats
 from rlhf_jax.data.batches import Loader, describe, show
+from rlhf_jax.data.schema import Example
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, from_folder
 
 PAD, EOS = 256, 257
@@ -309,15 +310,15 @@ def test_a_prepared_tfds_folder_and_a_tfds_name_load(real_data):
 
 def test_each_schema_is_recognised_by_its_fields():
     row = {"prompt": "p", "completion": "c", "id": 7}
-    assert formats.demonstration(row, "") == formats.Demonstration("p", "c")
-    assert formats.demonstration({"text": "t"}, "") == formats.Demonstration("", "t")
+    assert formats.demonstration(row, "") == Example("p", ("c",))
+    assert formats.demonstration({"text": "t"}, "") == Example("", ("t",))
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    assert formats.comparison(pair, "") == formats.Comparison("p", ("a", "b"), (0, 1), 0.0)
+    assert formats.comparison(pair, "") == Example("p", ("a", "b"), (0, 1))
     assert formats.comparison(pair | {"margin": 2}, "").margin == 2.0
     ranked = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 0, 1]}
-    expected = formats.Comparison("p", ("a", "b", "c"), (1, 0, 1), 0.0)
+    expected = Example("p", ("a", "b", "c"), (1, 0, 1))
     assert formats.comparison(ranked, "") == expected
-    assert formats.prompt(pair, "") == formats.Prompt("p")
+    assert formats.prompt(pair, "") == Example("p")
 
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -348,7 +349,7 @@ BAD_ROWS = [
         "'responses' holds 1; it takes 2 or more; a comparison .*",
     ),
     (formats.demonstration, {"prompt": "p"}, "'completion' is missing; a demonstration has .*"),
-    (formats.demonstration, {"output": "c"}, "'prompt' is missing; a demonstration .* 'text' .*"),
+    (formats.demonstration, {"output": "c"}, r"no known format has the fields \['output'\]; a .*"),
     (formats.demonstration, {"text": " \n"}, "'text' is empty; fill it in or remove the row; .*"),
     (formats.demonstration, {"text": 3}, "'text' must be a string, got 3; a demonstration .*"),
     (formats.demonstration, {"text": "t", "prompt": "p"}, "both 'text' and 'prompt' are given; .*"),
@@ -490,7 +491,7 @@ def test_comparisons_have_room_for_the_largest_k_and_absent_responses_are_all_ze
     assert batch.mask.tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch.margin.tolist() == [0.5, 0]
     dtypes = [field.dtype for field in batch]
-    assert dtypes == [np.int32, np.int32, np.int32, np.float32, np.float32]
+    assert dtypes == [np.int32, np.int32, np.int32, np.float32, np.float32, np.float32]
 
 
 def test_prompts_are_padded_on_the_left_and_numbered():

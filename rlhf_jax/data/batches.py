@@ -1,26 +1,24 @@
-"""Examples to batches: tokenised and counted once, then drawn with Grain.
+"""Examples to token ids, counted once: what `Loader` draws batches from.
 
 Lengths. A prompt takes at most `max_prompt` tokens, BOS included; a response at most
 `max_response`, EOS included; plain text has the room of both. P = max_prompt and
 T = max_prompt + max_response are static. What does not fit is dropped and counted, never cut.
-
-Order. Batch i is a function of (seed, i) alone: every epoch is one reshuffle of the whole dataset,
-batches run on across epochs, and hosts read slices of the same global batch. So the position of a
-run is one number, whatever the number of hosts.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int
 
-from rlhf_jax.data import formats
+from rlhf_jax.data import chat, formats, records, schema
+from rlhf_jax.data.loader import Loader as Loader
+from rlhf_jax.data.loader import real_rows as real_rows
+from rlhf_jax.data.records import Comparisons, Counts, Demonstrations, Examples, Prompts, describe
+from rlhf_jax.data.schema import Example
 from rlhf_jax.data.tokenizers import Tokenizer
 
 DUPLICATE = "exact duplicate"
@@ -29,138 +27,66 @@ NO_PAIR = "no two ranks differ"
 LONG_PROMPT = "prompt over its limit"
 LONG_RESPONSE = "response over its limit"
 LONG_TEXT = "text over its limit"
+FAULTY = "faulty row"
 
-_ROW = Mapping[str, Any] | tuple[Mapping[str, Any], str]
-
-
-class Demonstrations(NamedTuple):
-    """Completions to imitate, padded on the right. mask: 1 on the completion and its EOS."""
-
-    tokens: Int[Array | np.ndarray, "B T"]
-    attend: Int[Array | np.ndarray, "B T"]
-    mask: Float[Array | np.ndarray, "B T"]
-
-
-class Comparisons(NamedTuple):
-    """Ranked responses of a prompt, padded on the right.
-
-    ranks: 0 is best. mask: 1 where there is a response; elsewhere every entry but `tokens` is 0.
-    """
-
-    tokens: Int[Array | np.ndarray, "B K T"]
-    attend: Int[Array | np.ndarray, "B K T"]
-    ranks: Int[Array | np.ndarray, "B K"]
-    mask: Float[Array | np.ndarray, "B K"]
-    margin: Float[Array | np.ndarray, " B"]
-
-
-class Prompts(NamedTuple):
-    """What to continue, padded on the left.
-
-    index: the prompt's number in the dataset, -1 on padding rows. A batch that runs into the next
-    epoch adds the dataset's length there (twice in the one after), so that a prompt drawn twice in
-    a batch has two numbers; `index % len(examples)` is its row always.
-    """
-
-    tokens: Int[Array | np.ndarray, "B P"]
-    attend: Int[Array | np.ndarray, "B P"]
-    index: Int[Array | np.ndarray, " B"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """What became of the rows. dropped: reason -> how many; first: reason -> the first of them."""
-
-    rows: int
-    dropped: dict[str, int]
-    first: dict[str, str]
-
-    @property
-    def kept(self) -> int:
-        return self.rows - sum(self.dropped.values())
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """A tokenised dataset. `examples[i]` is one record without its batch axis.
-
-    rows: token ids (and ranks) of each example; where: file and line of each; collate: rows and
-    their numbers to one batch, with None for a padding row.
-    """
-
-    rows: list[tuple] = dataclasses.field(repr=False)
-    where: list[str] = dataclasses.field(repr=False)
-    counts: Counts
-    collate: Callable = dataclasses.field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> Demonstrations | Comparisons | Prompts:
-        position = range(len(self.rows))[i]
-        batch = self.gather(np.array([position]))
-        return type(batch)(*(field[0] for field in batch))
-
-    def gather(self, index: Int[np.ndarray, " B"]) -> Demonstrations | Comparisons | Prompts:
-        """The batch of rows `index` [B], modulo the number of examples; -1 is a padding row."""
-        rows = [None if i < 0 else self.rows[i % len(self.rows)] for i in index.tolist()]
-        return self.collate(rows, index)
-
-
-def describe(counts: Counts) -> str:
-    """One line for people: how many rows were read, kept and dropped, and why."""
-    reasons = ", ".join(
-        f"{count} {reason} (first: {counts.first[reason]})"
-        for reason, count in sorted(counts.dropped.items())
-    )
-    dropped = f", {counts.rows - counts.kept} dropped: {reasons}" if reasons else ", none dropped"
-    return f"{counts.rows} rows, {counts.kept} kept{dropped}"
+OnBadRow = Literal["error", "drop"]
+_ROW = Mapping[str, Any] | tuple[Mapping[str, Any] | str, str]
 
 
 def demonstrations(
-    rows: Iterable[_ROW], tokenizer: Tokenizer, max_prompt: int, max_response: int
+    rows: Iterable[_ROW],
+    tokenizer: Tokenizer,
+    max_prompt: int,
+    max_response: int,
+    *,
+    format: formats.Format = None,
+    on_bad_row: OnBadRow = "error",
+    turns: chat.Turns = "last",
 ) -> Examples:
-    """Tokenises {prompt, completion} and {text} rows; `rows` as `builders.load` or plain dicts.
+    """Tokenises rows with a response to imitate; `rows` as `builders.load` or plain dicts.
 
     Ids: BOS, prompt, completion, EOS; the loss is on completion and EOS, or on all of a plain text
-    but the first token, which nothing predicts. Raises ValueError for a faulty row or if no usable
-    row is left.
+    but the first token, which nothing predicts. Messages are rendered by the tokenizer's chat
+    template; `turns="all"` trains every answer of a conversation, which then has the room of both
+    limits. Raises ValueError for a faulty row (or drops and counts it) or if no usable row is left.
     """
     _check_limits(max_prompt=max_prompt, max_response=max_response)
 
-    def tokenize(example: formats.Demonstration) -> tuple | str:
-        prompt = tokenizer.encode_prompt(example.prompt)
-        completion = _completion(tokenizer, example.prompt, example.completion)
-        if not example.prompt:
-            if len(prompt) + len(completion) > max_prompt + max_response:
-                return LONG_TEXT
-            return _ids(prompt + completion), 1
-        if len(prompt) > max_prompt:
-            return LONG_PROMPT
-        if len(completion) > max_response:
-            return LONG_RESPONSE
-        return _ids(prompt + completion), len(prompt)
+    def tokenize(example: Example) -> tuple | str:
+        ids, trained = _document(tokenizer, example.prompt, example.completion, turns)
+        if not example.prompt or turns == "all" and not isinstance(example.prompt, str):
+            long = LONG_TEXT if len(ids) > max_prompt + max_response else None
+        else:
+            long = _long(trained.index(True), len(ids), max_prompt, max_response)
+        return long or ((_ids(ids), np.asarray(trained)),)
 
     collate = functools.partial(
-        _collate_demonstrations, length=max_prompt + max_response, pad_id=tokenizer.pad_id
+        records.collate_demonstrations,
+        length=max_prompt + max_response,
+        pad_id=tokenizer.pad_id,
     )
-    return _examples(rows, formats.demonstration, tokenize, lambda _: collate)
+    reader = _Reader(formats.demonstration, format, on_bad_row, max_prompt + max_response)
+    return _examples(rows, tokenizer, reader, tokenize, lambda _: collate)
 
 
 def comparisons(
-    rows: Iterable[_ROW], tokenizer: Tokenizer, max_prompt: int, max_response: int
+    rows: Iterable[_ROW],
+    tokenizer: Tokenizer,
+    max_prompt: int,
+    max_response: int,
+    *,
+    format: formats.Format = None,
+    on_bad_row: OnBadRow = "error",
 ) -> Examples:
-    """Tokenises {prompt, chosen, rejected[, margin]} and {prompt, responses, ranks} rows.
+    """Tokenises rows with K >= 2 ranked or scored responses, of which two must differ in rank.
 
-    Each response is BOS, prompt, response, EOS. K is the largest number of responses of a row. A
-    row with one response over its limit is dropped whole: a ranking without it is another ranking.
-    Raises ValueError for a faulty row or if no usable row is left.
+    Each response is BOS, prompt, response, EOS, or a rendered conversation. K is the largest number
+    of responses of a row. A row with one response over its limit is dropped whole: a ranking
+    without it is another ranking. Raises ValueError for a faulty row (or drops and counts it) or if
+    no usable row is left.
     """
-    _check_limits(max_prompt=max_prompt, max_response=max_response)
 
-    def tokenize(example: formats.Comparison) -> tuple | str:
-        prompt = tokenizer.encode_prompt(example.prompt)
-        ids = [tuple(_completion(tokenizer, example.prompt, x)) for x in example.responses]
+    def use(example: Example, ids: list[tuple]) -> str | None:
         ranked = [
             x != y
             for i, (x, rank) in enumerate(zip(ids, example.ranks))
@@ -169,23 +95,27 @@ def comparisons(
         ]
         if not ranked:
             return NO_PAIR if len(set(ids)) > 1 else SAME_RESPONSES
-        if not any(ranked):
-            return SAME_RESPONSES
-        if len(prompt) > max_prompt:
-            return LONG_PROMPT
-        if max(len(x) for x in ids) > max_response:
-            return LONG_RESPONSE
-        return [_ids([*prompt, *x]) for x in ids], example.ranks, example.margin
+        return None if any(ranked) else SAME_RESPONSES
 
-    def collate(kept: list[tuple]) -> Callable:
-        return functools.partial(
-            _collate_comparisons,
-            responses=max(len(ids) for ids, _, _ in kept),
-            length=max_prompt + max_response,
-            pad_id=tokenizer.pad_id,
-        )
+    reader = _Reader(formats.comparison, format, on_bad_row, max_prompt + max_response)
+    return _responses(rows, tokenizer, max_prompt, max_response, reader, use)
 
-    return _examples(rows, formats.comparison, tokenize, collate)
+
+def scored(
+    rows: Iterable[_ROW],
+    tokenizer: Tokenizer,
+    max_prompt: int,
+    max_response: int,
+    *,
+    format: formats.Format = None,
+    on_bad_row: OnBadRow = "error",
+) -> Examples:
+    """Tokenises rows whose K >= 1 responses have scores or labels, as targets of a regression.
+
+    `Comparisons` like those of `comparisons`, but single answers and ties stay in.
+    """
+    reader = _Reader(formats.annotation, format, on_bad_row, max_prompt + max_response)
+    return _responses(rows, tokenizer, max_prompt, max_response, reader, lambda *_: None)
 
 
 def sampled_comparisons(
@@ -207,133 +137,39 @@ def sampled_comparisons(
         elif len(set(ranks)) == 1:
             dropped[NO_PAIR] = dropped.get(NO_PAIR, 0) + 1
         else:
-            kept.append((list(ids), tuple(ranks), 0.0))
+            kept.append((list(ids), tuple(ranks), 0.0, None))
     counts = Counts(len(samples), dropped, dict.fromkeys(dropped, "a sample"))
     if not kept:
         raise ValueError(f"no usable row is left ({describe(counts)}); draw more samples")
-    responses = max(len(ids) for ids, _, _ in kept)
-    collate = functools.partial(
-        _collate_comparisons, responses=responses, length=length, pad_id=tokenizer.pad_id
-    )
+    collate = _collate_responses(kept, length, tokenizer)
     return Examples(kept, ["a sample"] * len(kept), counts, collate)
 
 
-def prompts(rows: Iterable[_ROW], tokenizer: Tokenizer, max_prompt: int) -> Examples:
-    """Tokenises the prompts of {prompt} rows (other fields are left alone): BOS, prompt.
+def prompts(
+    rows: Iterable[_ROW],
+    tokenizer: Tokenizer,
+    max_prompt: int,
+    *,
+    format: formats.Format = None,
+    on_bad_row: OnBadRow = "error",
+) -> Examples:
+    """Tokenises the prompts of rows: BOS, prompt, or messages up to where the assistant answers.
 
-    Raises ValueError for a faulty row or if no usable row is left.
+    What else a {prompt} row holds is left alone. Raises ValueError for a faulty row (or drops and
+    counts it) or if no usable row is left.
     """
     _check_limits(max_prompt=max_prompt)
 
-    def tokenize(example: formats.Prompt) -> tuple | str:
-        ids = tokenizer.encode_prompt(example.prompt)
+    def tokenize(example: Example) -> tuple | str:
+        if isinstance(example.prompt, str):
+            ids = tokenizer.encode_prompt(example.prompt)
+        else:
+            ids = chat.prompt(tokenizer, example.prompt)
         return LONG_PROMPT if len(ids) > max_prompt else (_ids(ids),)
 
-    collate = functools.partial(_collate_prompts, length=max_prompt, pad_id=tokenizer.pad_id)
-    return _examples(rows, formats.prompt, tokenize, lambda _: collate)
-
-
-@dataclasses.dataclass(frozen=True)
-class Loader:
-    """Batches of `examples`: an endless order of reshuffled epochs, addressed by number.
-
-    batch_size: rows of the global batch, over all hosts. With shuffle=False every epoch is in the
-    order of the dataset. A batch larger than the dataset holds rows of several epochs. Raises
-    ValueError without examples, or for a batch size or a seed out of range.
-    """
-
-    examples: Examples
-    batch_size: int
-    seed: int = 0
-    shuffle: bool = True
-
-    def __post_init__(self):
-        if len(self.examples) == 0:
-            raise ValueError("there are no examples to draw batches from; check the dataset")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be 1 or more")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be 0 or more")
-
-    def __len__(self) -> int:
-        """Number of batches of one epoch, the last partial one included."""
-        return -(-len(self.examples) // self.batch_size)
-
-    def batch(self, i: int) -> Demonstrations | Comparisons | Prompts:
-        """Global batch i >= 0, a function of (seed, i)."""
-        return self.host_batch(i, host=0, hosts=1)
-
-    def host_batch(self, i: int, host: int, hosts: int) -> Demonstrations | Comparisons | Prompts:
-        """The rows of global batch i that `host` of `hosts` reads: one contiguous slice.
-
-        Raises ValueError if the batch does not divide over the hosts.
-        """
-        if i < 0:
-            raise ValueError(f"batch number {i} must be 0 or more")
-        return self._pipeline(host, hosts)[i]
-
-    def from_position(
-        self, i: int, host: int | None = None, hosts: int | None = None
-    ) -> Iterator[Demonstrations | Comparisons | Prompts]:
-        """Batches i, i + 1, ... without end, prefetched by a background thread.
-
-        `host` of `hosts` reads its slices; this process of jax's processes unless told otherwise.
-        """
-        import grain
-
-        if i < 0:
-            raise ValueError(f"batch number {i} must be 0 or more")
-        pipeline = self._pipeline(*_this_host(host, hosts))
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        return iter(pipeline[i:].to_iter_dataset(options))
-
-    def epoch_batches(
-        self, host: int | None = None, hosts: int | None = None
-    ) -> list[Demonstrations | Comparisons | Prompts]:
-        """Every example once, in the order of the dataset, in batches of one shape.
-
-        The last batch is filled up with padding rows: attend and mask 0, index -1. `real_rows`
-        counts the others. Slices by host as in `from_position`.
-        """
-        host, hosts = _this_host(host, hosts)
-        part = self._slice(host, hosts)
-        index = np.arange(len(self) * self.batch_size)
-        index = np.where(index < len(self.examples), index, -1).reshape(len(self), self.batch_size)
-        return [self.examples.gather(rows[part]) for rows in index]
-
-    def _slice(self, host: int, hosts: int) -> slice:
-        if self.batch_size % hosts or not 0 <= host < hosts:
-            raise ValueError(
-                f"batch_size={self.batch_size} rows cannot be split for host {host} of {hosts}; "
-                "use a multiple of the number of hosts, which count from 0"
-            )
-        rows = self.batch_size // hosts
-        return slice(host * rows, (host + 1) * rows)
-
-    def _pipeline(self, host: int, hosts: int):
-        import grain
-
-        part = self._slice(host, hosts)
-        count = len(self.examples)
-
-        def gather(i: int, rows: np.ndarray):
-            # 64 bits: positions of a long run pass 2^31.
-            epoch = (i * self.batch_size + np.arange(self.batch_size, dtype=np.int64)) // count
-            return self.examples.gather((rows + count * (epoch - epoch[0]))[part])
-
-        order = grain.MapDataset.range(count)
-        if self.shuffle:
-            # Grain shuffles epoch e by seed + e, so seeds 0 and 1 would share all epochs but one:
-            # spread the seeds first.
-            spread = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
-            order = order.shuffle(seed=spread)
-        return order.repeat().batch(self.batch_size).map_with_index(gather)
-
-
-def real_rows(batch: Demonstrations | Comparisons | Prompts) -> int:
-    """Number of rows of a batch that are examples, not padding."""
-    attend = np.asarray(batch.attend)
-    return int(np.any(attend.reshape(len(attend), -1) > 0, axis=1).sum())
+    collate = functools.partial(records.collate_prompts, length=max_prompt, pad_id=tokenizer.pad_id)
+    reader = _Reader(formats.prompt, format, on_bad_row, max_prompt)
+    return _examples(rows, tokenizer, reader, tokenize, lambda _: collate)
 
 
 def show(example: Demonstrations | Comparisons | Prompts, tokenizer: Tokenizer) -> str:
@@ -346,7 +182,7 @@ def show(example: Demonstrations | Comparisons | Prompts, tokenizer: Tokenizer) 
             return _marked(tokens[attend > 0], mask[attend > 0], tokenizer)
         case Prompts(tokens, attend, _):
             return _marked(tokens[attend > 0], np.zeros(np.sum(attend > 0)), tokenizer)
-        case Comparisons(tokens, attend, ranks, mask, margin):
+        case Comparisons(tokens, attend, ranks, mask, margin, _):
             lines = [f"margin {float(margin):g}"] if margin else []
             for k in np.argsort(np.where(mask > 0, ranks, np.iinfo(np.int32).max), kind="stable"):
                 if mask[k] > 0:
@@ -368,49 +204,114 @@ def _marked(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> str:
     return "".join(parts)
 
 
-def _this_host(host: int | None, hosts: int | None) -> tuple[int, int]:
-    if host is None or hosts is None:
-        import jax
-
-        return jax.process_index(), jax.process_count()
-    return host, hosts
-
-
 def _check_limits(**limits: int) -> None:
     for name, limit in limits.items():
         if limit < 1:
             raise ValueError(f"{name}={limit} must be 1 or more tokens")
 
 
-def _completion(tokenizer: Tokenizer, prompt: str, completion: str) -> list[int]:
-    return tokenizer.encode_continuation(prompt, completion) + [tokenizer.eos_ids[0]]
-
-
 def _ids(ids: Sequence[int]) -> np.ndarray:
     return np.asarray(ids, np.int32)
 
 
+def _document(
+    tokenizer: Tokenizer, prompt: str | tuple, answer: str, turns: chat.Turns = "last"
+) -> tuple[list[int], list[bool]]:
+    """Ids of prompt, answer and EOS, and which of them are trained."""
+    if not isinstance(prompt, str):
+        said = schema.Message("assistant", answer)
+        return chat.conversation(tokenizer, [*prompt, said], turns)
+    ids = tokenizer.encode_prompt(prompt)
+    start = len(ids) if prompt else 1
+    ids = ids + tokenizer.encode_continuation(prompt, answer) + [tokenizer.eos_ids[0]]
+    return ids, [i >= start for i in range(len(ids))]
+
+
+def _long(start: int, end: int, max_prompt: int, max_response: int) -> str | None:
+    if start > max_prompt:
+        return LONG_PROMPT
+    return LONG_RESPONSE if end - start > max_response else None
+
+
+def _responses(
+    rows: Iterable[_ROW],
+    tokenizer: Tokenizer,
+    max_prompt: int,
+    max_response: int,
+    reader: _Reader,
+    use: Callable[[Example, list[tuple]], str | None],
+) -> Examples:
+    """Rows of K responses; `use` says why one of them is not to be used."""
+    _check_limits(max_prompt=max_prompt, max_response=max_response)
+
+    def tokenize(example: Example) -> tuple | str:
+        documents = [_document(tokenizer, example.prompt, x) for x in example.responses]
+        found = use(example, [tuple(ids) for ids, _ in documents])
+        for ids, trained in documents:
+            found = found or _long(trained.index(True), len(ids), max_prompt, max_response)
+        ranks = example.ranks or (0,) * len(documents)
+        kept = [_ids(ids) for ids, _ in documents]
+        return found or (kept, ranks, example.margin, example.scores or None)
+
+    def collate(kept: list[tuple]) -> Callable:
+        return _collate_responses(kept, max_prompt + max_response, tokenizer)
+
+    return _examples(rows, tokenizer, reader, tokenize, collate)
+
+
+def _collate_responses(kept: list[tuple], length: int, tokenizer: Tokenizer) -> Callable:
+    return functools.partial(
+        records.collate_comparisons,
+        responses=max(len(ids) for ids, *_ in kept),
+        length=length,
+        pad_id=tokenizer.pad_id,
+        scored=len({scores is None for *_, scores in kept}) == 1,
+    )
+
+
+class _Reader(NamedTuple):
+    """How rows become examples. room: the tokens that the longest document may have."""
+
+    parse: Callable[[Any, str, formats.Format], Example]
+    format: formats.Format
+    on_bad_row: OnBadRow
+    room: int
+
+
 def _examples(
     rows: Iterable[_ROW],
-    parse: Callable[[Mapping[str, Any], str], tuple],
-    tokenize: Callable[[Any], tuple | str],
+    tokenizer: Tokenizer,
+    reader: _Reader,
+    tokenize: Callable[[Example], tuple | str],
     collate: Callable[[list[tuple]], Callable],
 ) -> Examples:
     """Parses, checks and tokenises every row; `tokenize` gives token rows or why it drops one."""
+    if reader.on_bad_row not in ("error", "drop"):
+        raise ValueError(f"on_bad_row={reader.on_bad_row!r} must be 'error' or 'drop'")
+    # More text than this cannot fit whatever its tokens are: megabytes are not tokenised in vain.
+    most = 4 * reader.room * max(map(len, tokenizer.backend.get_vocab()))
     kept, wheres, seen = [], [], set()
     dropped: dict[str, int] = {}
     first: dict[str, str] = {}
     total = 0
     for total, item in enumerate(rows, 1):
         row, where = item if isinstance(item, tuple) else (item, f"row {total}")
-        example = parse(row, where)
-        # A digest: the texts themselves need not stay in memory.
-        digest = hashlib.blake2b(repr(example).encode(), digest_size=16).digest()
-        outcome = DUPLICATE if digest in seen else tokenize(example)
-        seen.add(digest)
+        note = where
+        try:
+            example = reader.parse(row, where, reader.format)
+            # A digest: the texts themselves need not stay in memory.
+            digest = hashlib.blake2b(repr(example).encode(), digest_size=16).digest()
+            outcome = DUPLICATE if digest in seen else _oversized(example, most)
+            outcome = outcome or tokenize(example)
+            seen.add(digest)
+        except schema.BadRow as error:
+            note = str(error) if str(error).startswith(where) else f"{where}: {error}"
+            if reader.on_bad_row == "error":
+                raise ValueError(note) from None
+            outcome = FAULTY
         if isinstance(outcome, str):
             dropped[outcome] = dropped.get(outcome, 0) + 1
-            first.setdefault(outcome, where)
+            first.setdefault(outcome, note)
         else:
             kept.append(outcome)
             wheres.append(where)
@@ -422,44 +323,12 @@ def _examples(
     return Examples(kept, wheres, counts, collate(kept))
 
 
-def _collate_demonstrations(rows, index, *, length: int, pad_id: int) -> Demonstrations:
-    del index
-    tokens = np.full((len(rows), length), pad_id, np.int32)
-    attend = np.zeros((len(rows), length), np.int32)
-    mask = np.zeros((len(rows), length), np.float32)
-    for b, row in enumerate(rows):
-        if row is not None:
-            ids, start = row
-            tokens[b, : len(ids)] = ids
-            attend[b, : len(ids)] = 1
-            mask[b, start : len(ids)] = 1
-    return Demonstrations(tokens, attend, mask)
-
-
-def _collate_comparisons(rows, index, *, responses: int, length: int, pad_id: int) -> Comparisons:
-    del index
-    tokens = np.full((len(rows), responses, length), pad_id, np.int32)
-    attend = np.zeros((len(rows), responses, length), np.int32)
-    ranks = np.zeros((len(rows), responses), np.int32)
-    mask = np.zeros((len(rows), responses), np.float32)
-    margin = np.zeros(len(rows), np.float32)
-    for b, row in enumerate(rows):
-        if row is not None:
-            all_ids, all_ranks, margin[b] = row
-            ranks[b, : len(all_ranks)] = all_ranks
-            mask[b, : len(all_ids)] = 1
-            for k, ids in enumerate(all_ids):
-                tokens[b, k, : len(ids)] = ids
-                attend[b, k, : len(ids)] = 1
-    return Comparisons(tokens, attend, ranks, mask, margin)
-
-
-def _collate_prompts(rows, index, *, length: int, pad_id: int) -> Prompts:
-    tokens = np.full((len(rows), length), pad_id, np.int32)
-    attend = np.zeros((len(rows), length), np.int32)
-    for b, row in enumerate(rows):
-        if row is not None:
-            (ids,) = row
-            tokens[b, length - len(ids) :] = ids
-            attend[b, length - len(ids) :] = 1
-    return Prompts(tokens, attend, index.astype(np.int32))
+def _oversized(example: Example, most: int) -> str | None:
+    prompt = example.prompt
+    if not isinstance(prompt, str):
+        prompt = "".join(turn.content for turn in prompt)
+    if len(prompt) > most:
+        return LONG_PROMPT
+    if max(map(len, example.responses), default=0) > most:
+        return LONG_RESPONSE if prompt else LONG_TEXT
+    return None

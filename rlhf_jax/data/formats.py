@@ -1,134 +1,248 @@
-"""Rows to examples: one function per schema, which recognises its fields.
+"""Rows to examples: which layout a row has is seen from its fields, or named by `format=`.
 
-Fields are read, never guessed: a row that lacks one, or holds the wrong type in it, is an error
-that names the row and the remedy. Fields that a schema does not know are left alone, so that one
-file of comparisons also serves as prompts. Whether an example is *worth* training on is not
-decided here (see `batches`).
+A format is the name of one (`FORMATS`), or any function (row, where) -> Example: those of
+`layouts`, `layouts.source_target("en", "de")`, `renamed({...})`, `as_messages(...)`, or the
+reader's own. A row that fits no format, or two, is an error that says so.
+
+Whether an example is *worth* training on is not decided here (see `batches`).
 """
 
 from __future__ import annotations
 
-import math
+import json
+import os
+import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
-DEMONSTRATION = "a demonstration has 'prompt' and 'completion', or 'text' alone"
-COMPARISON = (
-    "a comparison has 'prompt', 'chosen' and 'rejected' (and perhaps 'margin'), or 'prompt', "
-    "'responses' and 'ranks' (0 is best)"
-)
-PROMPT = "a prompt row has 'prompt'"
+from rlhf_jax.data import layouts, schema
+from rlhf_jax.data.layouts import COMPARISON, DEMONSTRATION, PROMPT, Layout, Row
+from rlhf_jax.data.schema import BadRow, Example, Message
 
+Format = str | Layout | None
 
-class Demonstration(NamedTuple):
-    """A completion to imitate. `prompt` is empty for plain text, and only then."""
-
-    prompt: str
-    completion: str
-
-
-class Comparison(NamedTuple):
-    """K >= 2 responses to one prompt; rank 0 is best, equal ranks are ties."""
-
-    prompt: str
-    responses: tuple[str, ...]
-    ranks: tuple[int, ...]
-    margin: float
-
-
-class Prompt(NamedTuple):
-    """What the policy is asked to continue."""
-
-    prompt: str
-
-
-def demonstration(row: Mapping[str, Any], where: str) -> Demonstration:
-    """{prompt, completion}, or {text} for plain text. Raises ValueError naming `where`."""
-    if "text" not in row:
-        return Demonstration(
-            _text(row, "prompt", where, DEMONSTRATION + "; use 'text' for a row without a prompt"),
-            _text(row, "completion", where, DEMONSTRATION),
-        )
-    for field in ("prompt", "completion"):
-        if field in row:
-            _fail(where, f"both 'text' and {field!r} are given", DEMONSTRATION)
-    return Demonstration("", _text(row, "text", where, DEMONSTRATION))
+FORMATS: dict[str, Layout] = {
+    "text": layouts.plain_text,
+    "prompt": layouts.prompt_only,
+    "prompt_completion": layouts.prompt_completion,
+    "preference": layouts.preference,
+    "responses": layouts.ranked_responses,
+    "messages": layouts.conversation,
+    "messages_preference": layouts.conversation_preference,
+    "labelled": layouts.labelled,
+    "alpaca": layouts.alpaca,
+    "alpaca_ranked": layouts.alpaca_ranked,
+    "hh": layouts.hh_dialogues,
+    "gpt4_pair": layouts.gpt4_pair,
+    "gpt4_scores": layouts.gpt4_scores,
+    "alpaca_eval": layouts.alpaca_eval,
+    "pandalm": layouts.pandalm,
+    "scored": layouts.scored_response,
+    "source_target": layouts.source_target(),
+}
+_LABELS = {"label", "tag", "kto_tag"}
+_SIDES = {"chosen", "rejected"}
+_TURNS = {"messages", "conversations"}
+_RANKED = {"responses", "ranks", "scores"}
 
 
-def comparison(row: Mapping[str, Any], where: str) -> Comparison:
-    """{prompt, chosen, rejected[, margin]} or {prompt, responses, ranks}.
+def read(row: Row | str, where: str, format: Format = None) -> Example:
+    """The example of a row. Raises BadRow (a ValueError) naming `where`, the field and a remedy.
 
-    Raises ValueError naming `where`.
+    A row that is text is the fault that `builders.load(on_bad_row="drop")` found in its place.
     """
-    prompt = _text(row, "prompt", where, COMPARISON)
-    if "responses" not in row and "ranks" not in row:
-        responses = tuple(_text(row, field, where, COMPARISON) for field in ("chosen", "rejected"))
-        return Comparison(prompt, responses, (0, 1), _margin(row, where))
-    for field in ("chosen", "rejected", "margin"):
-        if field in row:
-            _fail(where, f"{field!r} is given beside 'responses' and 'ranks'", COMPARISON)
-    responses = _list(row, "responses", where)
-    ranks = _list(row, "ranks", where)
-    if len(responses) < 2:
-        _fail(where, f"'responses' holds {len(responses)}; it takes 2 or more", COMPARISON)
-    if len(responses) != len(ranks):
-        found = f"{len(responses)} 'responses' but {len(ranks)} 'ranks'"
-        _fail(where, found, "give each response its rank, 0 for the best")
-    for i, response in enumerate(responses):
-        _check_text(response, f"responses[{i}]", where, COMPARISON)
-    for i, rank in enumerate(ranks):
-        # bool is an int to Python; a rank of true is a mistake in the file.
-        if type(rank) is not int or not 0 <= rank < 2**31:
-            found = f"'ranks[{i}]' must be a whole number from 0, got {_shown(rank)}"
-            _fail(where, found, "0 is best, equal ranks are ties")
-    return Comparison(prompt, tuple(responses), tuple(ranks), 0.0)
+    if isinstance(row, str):
+        raise BadRow(row)
+    if isinstance(format, str):
+        if format not in FORMATS:
+            raise ValueError(f"format={format!r} is not known; use one of {', '.join(FORMATS)}")
+        format = FORMATS[format]
+    return (format or FORMATS[_recognised(row, where)])(row, where)
 
 
-def prompt(row: Mapping[str, Any], where: str) -> Prompt:
-    """{prompt}; any other field is left alone. Raises ValueError naming `where`."""
-    return Prompt(_text(row, "prompt", where, PROMPT))
+def demonstration(row: Row | str, where: str, format: Format = None) -> Example:
+    """A row with a response to imitate: any format but answers that are only scored."""
+    example = read(row, where, format)
+    if not example.responses:
+        schema.fail(where, "'completion' is missing", DEMONSTRATION)
+    if example.scores and not example.ranks:
+        found = "the row is an answer with a score, which may be a bad one to imitate"
+        schema.fail(where, found, "train a reward model on it")
+    return example
 
 
-def _text(row: Mapping[str, Any], field: str, where: str, remedy: str) -> str:
-    if field not in row:
-        _fail(where, f"{field!r} is missing", remedy)
-    return _check_text(row[field], field, where, remedy)
+def comparison(row: Row | str, where: str, format: Format = None) -> Example:
+    """A row with K >= 2 ranked responses (ties included)."""
+    example = read(row, where, format)
+    if len(example.responses) < 2 or not example.ranks:
+        missing = next((x for x in ("prompt", "chosen", "rejected") if x not in row), "ranks")
+        schema.fail(where, f"{missing!r} is missing", COMPARISON)
+    return example
 
 
-def _check_text(value: Any, field: str, where: str, remedy: str) -> str:
-    if not isinstance(value, str):
-        _fail(where, f"{field!r} must be a string, got {_shown(value)}", remedy)
-    if not value.strip():
-        _fail(where, f"{field!r} is empty", f"fill it in or remove the row; {remedy}")
+def annotation(row: Row | str, where: str, format: Format = None) -> Example:
+    """A row with a score for each of its K >= 1 responses; a label is a score of 1 or 0."""
+    example = read(row, where, format)
+    if not example.scores:
+        schema.fail(where, "no response has a score", "regression takes scores or labels")
+    return example
+
+
+def prompt(row: Row | str, where: str, format: Format = None) -> Example:
+    """The prompt of any row; what else is in it is left alone where `prompt` is a field."""
+    if format is None and isinstance(row, Mapping) and ("prompt" in row or not _fits(row)):
+        return layouts.prompt_only(row, where)
+    example = read(row, where, format)
+    if not example.prompt:
+        schema.fail(where, "'prompt' is missing", PROMPT)
+    return Example(example.prompt, language=example.language)
+
+
+def renamed(fields: Mapping[str, str], format: Format = None) -> Layout:
+    """The format of rows whose fields have other names: our name -> theirs ("a.b" for b in a).
+
+    A dataset of TFDS is read by it: `renamed({"prompt": "article", "completion": "highlights"})`.
+    """
+
+    def layout(row: Row, where: str) -> Example:
+        ours = {}
+        for name, theirs in fields.items():
+            value: Any = row
+            for part in theirs.split("."):
+                if not isinstance(value, Mapping) or part not in value:
+                    schema.fail(where, f"{theirs!r} is missing", f"it is to be read as {name!r}")
+                value = value[part]
+            ours[name] = value
+        return read(ours, where, format)
+
+    return layout
+
+
+def as_messages(format: Format = None) -> Layout:
+    """The format whose plain prompts become a user's turn, for models with a chat template."""
+
+    def layout(row: Row, where: str) -> Example:
+        example = read(row, where, format)
+        if not isinstance(example.prompt, str) or not example.prompt:
+            return example
+        return example._replace(prompt=(Message("user", example.prompt.strip()),))
+
+    return layout
+
+
+def dataset_info(path: str | os.PathLike, name: str) -> tuple[pathlib.Path, Layout]:
+    """File and format of one entry of a LLaMA-Factory dataset_info.json.
+
+    Raises ValueError for an entry that is missing or has no local file.
+    """
+    path = pathlib.Path(path)
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        # JSON can spell half a surrogate pair, which no tokenizer takes.
-        _fail(where, f"{field!r} holds half a surrogate pair", "write the text as valid UTF-8")
-    return value
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable dataset_info.json ({error})") from None
+    if name not in entries:
+        raise ValueError(f"{path}: no dataset {name!r}; it has {', '.join(sorted(entries))}")
+    entry = entries[name]
+    if "file_name" not in entry:
+        raise ValueError(f"{path}: {name!r} has no 'file_name'; download its file and name it")
+    return path.parent / entry["file_name"], _factory_format(entry)
 
 
-def _list(row: Mapping[str, Any], field: str, where: str) -> list:
-    if field not in row:
-        _fail(where, f"{field!r} is missing", COMPARISON)
-    if not isinstance(row[field], list | tuple):
-        _fail(where, f"{field!r} must be a list, got {_shown(row[field])}", COMPARISON)
-    return list(row[field])
+# LLaMA-Factory's names of columns, and the fields of its two layouts by default.
+_ALPACA = {"instruction": "prompt", "input": "query", "output": "response", "history": "history"}
+_ALPACA |= {"system": "system", "chosen": "chosen", "rejected": "rejected", "kto_tag": "kto_tag"}
+_SHAREGPT = {"conversations": "messages", "system": "system", "chosen": "chosen"}
+_SHAREGPT |= {"rejected": "rejected", "kto_tag": "kto_tag"}
+_TAGS = {"human": "user_tag", "gpt": "assistant_tag", "observation": "observation_tag"}
+_TAGS |= {"function_call": "function_tag", "system": "system_tag"}
 
 
-def _margin(row: Mapping[str, Any], where: str) -> float:
-    margin = row.get("margin", 0.0)
-    if type(margin) not in (int, float) or not math.isfinite(margin):
-        found = f"'margin' must be a finite number, got {_shown(margin)}"
-        _fail(where, found, "leave it out for no margin")
-    return float(margin)
+def _factory_format(entry: Mapping[str, Any]) -> Layout:
+    """The layout of rows under the columns and tags of one entry of dataset_info.json."""
+    columns, tags = entry.get("columns", {}), entry.get("tags", {})
+    sharegpt = entry.get("formatting", "alpaca") == "sharegpt"
+    names = _SHAREGPT if sharegpt else _ALPACA
+    # Columns that are not named have their usual name, but a tag counts only where it is named.
+    theirs = {
+        ours: columns.get(key, ours) for ours, key in names.items() if key in columns or not columns
+    }
+    if entry.get("ranking"):
+        theirs |= {side: columns.get(side, side) for side in _SIDES}
+        layout = layouts.conversation_preference if sharegpt else layouts.alpaca_ranked
+    elif "kto_tag" in columns:
+        layout = layouts.labelled
+    else:
+        layout = layouts.conversation if sharegpt else layouts.alpaca
+    role_tag, content_tag = tags.get("role_tag", "from"), tags.get("content_tag", "value")
+    roles = {tags.get(tag, ours): ours for ours, tag in _TAGS.items()}
+
+    def turn(value: Any) -> Any:
+        if not sharegpt or not isinstance(value, Mapping):
+            return value
+        role = value.get(role_tag)
+        return {"from": roles.get(role, role), "value": value.get(content_tag)}
+
+    def layout_of_entry(row: Row, where: str) -> Example:
+        ours = {name: row[column] for name, column in theirs.items() if column in row}
+        ours = {name: value for name, value in ours.items() if value is not None}
+        for name in _SIDES & set(ours):
+            ours[name] = turn(ours[name])
+        if isinstance(ours.get("conversations"), list):
+            ours["conversations"] = [turn(value) for value in ours["conversations"]]
+        return layout(ours, where)
+
+    return layout_of_entry
 
 
-def _shown(value: Any) -> str:
-    """A value short enough for one line of an error."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _recognised(row: Row, where: str) -> str:
+    """The name of the one format that a row fits."""
+    fits = _fits(row)
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        found = f"the fields fit the formats {' and '.join(map(repr, fits))}"
+        schema.fail(where, found, "name one by format=")
+    languages = [name for name in row if len(name) == 2]
+    if "translation" in row or len(languages) > 1:
+        remedy = f"name the direction, such as format=source_target({languages[:2]})"
+        schema.fail(where, "the row is a translation without a direction", remedy)
+    remedy = f"{DEMONSTRATION}; {COMPARISON}; other formats are named by format="
+    schema.fail(where, f"no known format has the fields {schema.shown(list(row))}", remedy)
 
 
-def _fail(where: str, found: str, remedy: str) -> NoReturn:
-    raise ValueError(f"{where}: {found}; {remedy}")
+def _fits(row: Row) -> list[str]:
+    has = set(row)
+    turns, sides, labels = has & _TURNS, has & _SIDES, has & _LABELS
+    pandalm = {"response1", "response2"} <= has
+    judged = pandalm or {"output_1", "output_2"} <= has
+    asked = "instruction" in has and not judged
+    listed = sides or isinstance(row.get("output"), list | tuple)
+    prompted = "prompt" in has and not turns and not asked
+    ranked = prompted and bool(has & _RANKED)
+    plain = prompted and not ranked and not sides
+    label = plain and "completion" in has and "label" in has
+    score = plain and {"response", "score"} <= has
+    whole = sides and not turns and not asked and not prompted
+    dialogue = whole and str(row.get("chosen")).startswith("\n\nHuman:")
+    factory = asked and not listed
+    tests = {
+        "text": "text" in has and not prompted,
+        "messages": turns and not sides and not labels,
+        "messages_preference": turns and sides,
+        "labelled": label or turns and not sides and labels or factory and labels,
+        "responses": ranked,
+        "preference": prompted and sides and not ranked or whole and not dialogue,
+        "hh": dialogue,
+        "prompt_completion": plain and "completion" in has and not label,
+        "scored": score,
+        "prompt": plain and "completion" not in has and not score and "text" not in has,
+        "alpaca": factory and "output" in has and not labels,
+        "alpaca_ranked": asked and listed,
+        "alpaca_eval": judged and not pandalm,
+        "pandalm": pandalm and "instruction" in has,
+        "gpt4_pair": {"user_input", "completion_a", "completion_b"} <= has,
+        "gpt4_scores": {"user_input", "responses_and_scores"} <= has,
+        "source_target": {"source", "target"} <= has and not prompted and not asked,
+    }
+    fits = [name for name, fit in tests.items() if fit]
+    return fits or (["text"] if "text" in has else [])

@@ -20,6 +20,15 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 PAD, EOS = "<pad>", "<eos>"
+
+# For models that know no template, in any language: each turn is its role on a line, then the text;
+# an answer ends with EOS.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}:\n{{ message['content'] | trim }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _ANCHOR = "\n"
 
 
@@ -38,6 +47,31 @@ class Tokenizer:
     bos_id: int | None
     backend: tokenizers.Tokenizer = dataclasses.field(repr=False, compare=False)
     settings: dict[str, Any] = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The jinja template that renders messages (see `chat`); the default one of several."""
+        template = self.settings.get("chat_template")
+        if isinstance(template, list):  # older folders: [{"name": ..., "template": ...}, ...]
+            template = {one["name"]: one["template"] for one in template}
+        return template.get("default") if isinstance(template, dict) else template
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The text of eos_token and its like, which templates name."""
+        found = {name: self.settings.get(name) for name in (*_NAMED_TOKENS, "mask_token")}
+        found = {k: v["content"] if isinstance(v, dict) else v for k, v in found.items()}
+        return {name: text for name, text in found.items() if text is not None}
+
+    def with_template(self, template: str) -> Tokenizer:
+        """This tokenizer with another chat template, such as `PLAIN_TEMPLATE`.
+
+        Text that spells a special token is that token from here on, for templates write EOS so.
+        """
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        settings = self.settings | {"chat_template": template, "split_special_tokens": False}
+        return dataclasses.replace(self, backend=backend, settings=settings)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; nothing is prepended or appended."""
@@ -93,6 +127,8 @@ class Tokenizer:
         ):
             settings["pad_token"] = None  # overruled by whoever loaded it
         _write_json(folder / "tokenizer_config.json", settings)
+        if (folder / "chat_template.jinja").is_file():  # which would overrule the settings
+            (folder / "chat_template.jinja").write_text(self.chat_template or "", encoding="utf-8")
         generation = _read_json(folder / "generation_config.json")
         generation |= {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
         if self.bos_id is not None:
@@ -154,7 +190,7 @@ def from_folder(path: str | os.PathLike, pad_id: int | None = None) -> Tokenizer
     # Older versions of transformers keep special tokens, newer ones chat templates, in own files.
     settings = _read_json(folder / "special_tokens_map.json") | settings
     template = folder / "chat_template.jinja"
-    if template.is_file():
+    if template.is_file() and template.stat().st_size:
         settings["chat_template"] = template.read_text(encoding="utf-8")
     backend = _backend(folder)
     backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))

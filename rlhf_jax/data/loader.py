@@ -1,0 +1,126 @@
+"""Batches of a tokenised dataset, drawn with Grain.
+
+Batch i is a function of (seed, i) alone: every epoch is one reshuffle of the whole dataset,
+batches run on across epochs, and hosts read slices of the same global batch. So the position of a
+run is one number, whatever the number of hosts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from rlhf_jax.data.records import Comparisons, Demonstrations, Examples, Prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """Batches of `examples`: an endless order of reshuffled epochs, addressed by number.
+
+    batch_size: rows of the global batch, over all hosts. With shuffle=False every epoch is in the
+    order of the dataset. A batch larger than the dataset holds rows of several epochs. Raises
+    ValueError without examples, or for a batch size or a seed out of range.
+    """
+
+    examples: Examples
+    batch_size: int
+    seed: int = 0
+    shuffle: bool = True
+
+    def __post_init__(self):
+        if len(self.examples) == 0:
+            raise ValueError("there are no examples to draw batches from; check the dataset")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be 1 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be 0 or more")
+
+    def __len__(self) -> int:
+        """Number of batches of one epoch, the last partial one included."""
+        return -(-len(self.examples) // self.batch_size)
+
+    def batch(self, i: int) -> Demonstrations | Comparisons | Prompts:
+        """Global batch i >= 0, a function of (seed, i)."""
+        return self.host_batch(i, host=0, hosts=1)
+
+    def host_batch(self, i: int, host: int, hosts: int) -> Demonstrations | Comparisons | Prompts:
+        """The rows of global batch i that `host` of `hosts` reads: one contiguous slice.
+
+        Raises ValueError if the batch does not divide over the hosts.
+        """
+        if i < 0:
+            raise ValueError(f"batch number {i} must be 0 or more")
+        return self._pipeline(host, hosts)[i]
+
+    def from_position(
+        self, i: int, host: int | None = None, hosts: int | None = None
+    ) -> Iterator[Demonstrations | Comparisons | Prompts]:
+        """Batches i, i + 1, ... without end, prefetched by a background thread.
+
+        `host` of `hosts` reads its slices; this process of jax's processes unless told otherwise.
+        """
+        import grain
+
+        if i < 0:
+            raise ValueError(f"batch number {i} must be 0 or more")
+        pipeline = self._pipeline(*_this_host(host, hosts))
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        return iter(pipeline[i:].to_iter_dataset(options))
+
+    def epoch_batches(
+        self, host: int | None = None, hosts: int | None = None
+    ) -> list[Demonstrations | Comparisons | Prompts]:
+        """Every example once, in the order of the dataset, in batches of one shape.
+
+        The last batch is filled up with padding rows: attend and mask 0, index -1. `real_rows`
+        counts the others. Slices by host as in `from_position`.
+        """
+        host, hosts = _this_host(host, hosts)
+        part = self._slice(host, hosts)
+        index = np.arange(len(self) * self.batch_size)
+        index = np.where(index < len(self.examples), index, -1).reshape(len(self), self.batch_size)
+        return [self.examples.gather(rows[part]) for rows in index]
+
+    def _slice(self, host: int, hosts: int) -> slice:
+        if self.batch_size % hosts or not 0 <= host < hosts:
+            raise ValueError(
+                f"batch_size={self.batch_size} rows cannot be split for host {host} of {hosts}; "
+                "use a multiple of the number of hosts, which count from 0"
+            )
+        rows = self.batch_size // hosts
+        return slice(host * rows, (host + 1) * rows)
+
+    def _pipeline(self, host: int, hosts: int):
+        import grain
+
+        part = self._slice(host, hosts)
+        count = len(self.examples)
+
+        def gather(i: int, rows: np.ndarray):
+            # 64 bits: positions of a long run pass 2^31.
+            epoch = (i * self.batch_size + np.arange(self.batch_size, dtype=np.int64)) // count
+            return self.examples.gather((rows + count * (epoch - epoch[0]))[part])
+
+        order = grain.MapDataset.range(count)
+        if self.shuffle:
+            # Grain shuffles epoch e by seed + e, so seeds 0 and 1 would share all epochs but one:
+            # spread the seeds first.
+            spread = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
+            order = order.shuffle(seed=spread)
+        return order.repeat().batch(self.batch_size).map_with_index(gather)
+
+
+def real_rows(batch: Demonstrations | Comparisons | Prompts) -> int:
+    """Number of rows of a batch that are examples, not padding."""
+    attend = np.asarray(batch.attend)
+    return int(np.any(attend.reshape(len(attend), -1) > 0, axis=1).sum())
+
+
+def _this_host(host: int | None, hosts: int | None) -> tuple[int, int]:
+    if host is None or hosts is None:
+        import jax
+
+        return jax.process_index(), jax.process_count()
+    return host, hosts
