@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.rewards.agreement import agreement
+from rlhf_jax.rewards.agreement import agreement, win_rate
 
 RANKS = np.array([[0, 1, 1], [1, 0, 0], [0, 1, 0]])
 MASK = np.array([[1.0, 1, 1], [1, 1, 0], [1, 1, 0]])
@@ -55,3 +55,13 @@ def test_correlation_with_length_is_numpys_over_real_responses():
 def test_nothing_but_ties_is_refused():
     with pytest.raises(ValueError, match="no two responses"):
         agreement(SCORES, np.zeros((3, 3), int), MASK, LENGTHS)
+
+
+def test_a_win_rate_compares_every_answer_with_every_other_and_counts_prompts():
+    before, after = np.array([[1.0, 2], [0, 0]]), np.array([[2.0, 3], [0, 0]])
+    found = win_rate(before, after)
+    # Prompt 1: 2 > 1, 2 = 2, 3 > 1, 3 > 2; prompt 2: four ties.
+    assert found["win_rate"] == pytest.approx((3.5 / 4 + 0.5) / 2)
+    won = np.array([3.5 / 4, 0.5])
+    assert found["win_rate_high"] == pytest.approx(won.mean() + 1.96 * won.std() / np.sqrt(2))
+    assert win_rate(np.tile(before, (1, 3)), np.tile(after, (1, 3))) == pytest.approx(found)

@@ -46,3 +46,20 @@ def agreement(
         "length_correlation": float(together / spread) if spread > 0 else 0.0,
         "pairs": int(pairs.sum()),
     }
+
+
+def win_rate(before: Float[np.ndarray, "N S"], after: Float[np.ndarray, "N S"]) -> dict[str, float]:
+    """How often an answer of `after` scores above one of `before` to the same prompt.
+
+    N prompts, S answers each, every answer against every other, a tie counting half. low and high:
+    the 95 % interval, 1.96 standard errors over prompts.
+    """
+    gap = after[:, :, None] - before[:, None, :]
+    won = ((gap > 0) + 0.5 * (gap == 0)).mean(axis=(1, 2))
+    error = won.std() / np.sqrt(len(won))
+    rate = float(won.mean())
+    return {
+        "win_rate": rate,
+        "win_rate_low": float(rate - 1.96 * error),
+        "win_rate_high": float(rate + 1.96 * error),
+    }
