@@ -44,9 +44,12 @@ def test_repeating_each_pair_within_its_prompt_does_not_narrow_the_interval():
     assert twice["accuracy_high"] == pytest.approx(once["accuracy_high"])
 
 
-def test_correlation_with_length_is_numpys_over_real_responses():
-    real = MASK > 0
-    wanted = np.corrcoef(SCORES[real], LENGTHS[real])[0, 1]
+def test_correlation_with_length_is_numpys_of_what_differs_within_prompts():
+    def differences(values):
+        groups = [row[real > 0] for row, real in zip(values, MASK)]
+        return np.concatenate([group - group.mean() for group in groups])
+
+    wanted = np.corrcoef(differences(SCORES), differences(LENGTHS))[0, 1]
     assert agreement(SCORES, RANKS, MASK, LENGTHS)["length_correlation"] == pytest.approx(wanted)
     constant = agreement(np.zeros((3, 3)), RANKS, MASK, LENGTHS)
     assert constant["length_correlation"] == 0.0 and constant["accuracy"] == 0.5

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from rlhf_jax import config, losses, sharding
-from rlhf_jax.data.batches import Comparisons, Demonstrations, Loader
+from rlhf_jax.data.batches import Comparisons, Demonstrations, Loader, real_rows
 from rlhf_jax.models import heads, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.training import loop
@@ -144,6 +145,25 @@ def centre(scorer: Model, responses: Loader, *, mesh: jax.sharding.Mesh | None =
     head = scorer.weights["score"]
     head = {**head, "bias": head["bias"] - total / count}
     return Model(scorer.config, {**scorer.weights, "score": head})
+
+
+def score_all(
+    scorer: Model, comparisons: Loader, *, mesh: jax.sharding.Mesh | None = None
+) -> dict[str, np.ndarray]:
+    """{"scores", "ranks", "mask", "lengths"}, [N, K] each, of all rows in order: host arrays.
+
+    Lengths are tokens, prompt included. What `rewards.agreement` reads.
+    """
+    mesh = mesh or sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(score_batch)
+        parts = []
+        for batch in comparisons.epoch_batches():
+            scores = compiled(scorer, sharding.put_rows(mesh, batch))
+            found = (scores, batch.ranks, batch.mask, np.sum(batch.attend, axis=2))
+            parts.append([np.asarray(x)[: real_rows(batch)] for x in found])
+    names = ("scores", "ranks", "mask", "lengths")
+    return {name: np.concatenate(part) for name, part in zip(names, zip(*parts))}
 
 
 def evaluate(

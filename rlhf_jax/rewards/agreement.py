@@ -17,7 +17,8 @@ def agreement(
     accuracy: share of pairs whose better response scores higher, a tie counting half; low and high:
     its 95 % interval, 1.96 standard errors that allow for the pairs of one prompt being alike.
     longer_wins, shorter_wins: the accuracy of preferring the longer, or the shorter, response.
-    length_correlation: Pearson's, of score and length over all responses (0 if one is constant).
+    length_correlation: Pearson's, of score and length, each less its mean over the responses to the
+    prompt (0 if one is constant).
     Raises ValueError where no two ranks differ.
     """
     better = (ranks[:, :, None] < ranks[:, None, :]) & (mask[:, :, None] * mask[:, None, :] > 0)
@@ -32,18 +33,20 @@ def agreement(
     accuracy = right.sum() / pairs.sum()
     error = np.sqrt(np.square(right - accuracy * pairs).sum()) / pairs.sum()
     longer = share(lengths).sum() / pairs.sum()
-    real = mask > 0
-    spread = np.std(scores[real]) * np.std(lengths[real])
-    together = np.mean(
-        (scores[real] - scores[real].mean()) * (lengths[real] - lengths[real].mean())
-    )
+
+    def centred(values):
+        mean = (values * mask).sum(axis=1, keepdims=True) / mask.sum(axis=1, keepdims=True)
+        return (values - mean) * mask
+
+    score, length = centred(scores), centred(lengths)
+    spread = np.sqrt(np.square(score).sum() * np.square(length).sum())
     return {
         "accuracy": float(accuracy),
         "accuracy_low": float(accuracy - 1.96 * error),
         "accuracy_high": float(accuracy + 1.96 * error),
         "longer_wins": float(longer),
         "shorter_wins": float(1.0 - longer),
-        "length_correlation": float(together / spread) if spread > 0 else 0.0,
+        "length_correlation": float((score * length).sum() / spread) if spread > 0 else 0.0,
         "pairs": int(pairs.sum()),
     }
 

@@ -1,0 +1,95 @@
+"""What the experiments on preference data share: a small model to start from, and the figures.
+
+A reward model should start from a language model. Where none is given by `start`, one of a few
+million parameters first learns to write the preferred answers, and is then made a scorer.
+"""
+
+from __future__ import annotations
+
+from rlhf_jax import config as configuration
+from rlhf_jax import pipeline
+from rlhf_jax.algorithms import reward_model, sft
+from rlhf_jax.data import batches, tokenizers
+from rlhf_jax.data.batches import Examples, Loader
+from rlhf_jax.launch import Context
+from rlhf_jax.models import huggingface, transformer
+from rlhf_jax.models.transformer import Model
+from rlhf_jax.rewards import agreement
+from rlhf_jax.training.state import OptimizerConfig
+
+
+class Config(configuration.Config):
+    """start: the folder of a language model, or "" for `model` from noise, tuned by `sft` first."""
+
+    seed: int = 0
+    start: str = ""
+    max_prompt: int = 192
+    max_response: int = 128
+    held_out: float = 0.2
+    model: transformer.Config = transformer.Config(
+        vocab_size=6400,
+        num_layers=4,
+        d_model=192,
+        num_heads=6,
+        num_kv_heads=6,
+        head_dim=32,
+        d_ff=512,
+        max_length=512,
+        tied=True,
+    )
+    sft: sft.Config = sft.Config(
+        num_steps=150,
+        batch_size=16,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, schedule="cosine"),
+    )
+    reward_model: reward_model.Config = reward_model.Config(
+        num_steps=150,
+        batch_size=16,
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=10, schedule="cosine"),
+    )
+
+
+def open_tokenizer(config: Config, context: Context) -> tokenizers.Tokenizer:
+    """The starting model's tokenizer, or the one of 6,400 entries in the folder of real data."""
+    if context.data is None:
+        raise ValueError("this experiment reads real data: name its folder by --data DIR")
+    return tokenizers.from_folder(config.start or context.data / "tokenizers" / "minimind")
+
+
+def starting_model(config: Config, context: Context, tokenizer, rows: list, held_out: list):
+    """(language model, {"eval_loss"}): that of `start` as it is, or a new one tuned on `rows`."""
+    if config.start:
+        return huggingface.load(config.start, context.mesh), {}
+    sizes = (tokenizer, config.max_prompt, config.max_response)
+    answers = [batches.demonstrations(part, *sizes) for part in (rows, held_out)]
+    initial = pipeline.new_model(config.model, context, config.seed)
+    return pipeline.fine_tune(config, context, initial, tokenizer, *answers)
+
+
+def train(
+    config: Config,
+    context: Context,
+    policy: Model,
+    examples: Examples,
+    loss_fn=reward_model.loss,
+    name: str = "reward_model",
+) -> Model:
+    """A scorer that starts as `policy`."""
+    settings = config.reward_model
+    with pipeline.stage_checkpoints(context, name) as checkpoints:
+        return reward_model.run(
+            settings,
+            policy,
+            Loader(examples, settings.batch_size, config.seed),
+            loss_fn=loss_fn,
+            name=name,
+            mesh=context.mesh,
+            log=context.log,
+            checkpoints=checkpoints,
+        ).scorer
+
+
+def measure(config: Config, context: Context, scorer: Model, examples: Examples) -> dict:
+    """Agreement of the scorer with the ranks of `examples`, beside that of length."""
+    loader = Loader(examples, config.reward_model.batch_size, config.seed)
+    return agreement.agreement(**reward_model.score_all(scorer, loader, mesh=context.mesh))

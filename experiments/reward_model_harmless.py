@@ -1,0 +1,54 @@
+"""A reward model of harmlessness: rank loss on human preferences (Anthropic HH, harmless-base).
+
+    python experiments/reward_model_harmless.py --data DIR
+
+DIR (or RLHF_JAX_DATA) holds `preference/hh_harmless_base_test.jsonl.gz` (1,701 dialogues; some of
+its text is offensive) and `tokenizers/minimind`. A fifth of the prompts is held out. The accuracy
+stands beside that of preferring the longer, or the shorter, answer: whoever is not above those has
+learned length. Bai et al. 2022 (arXiv:2204.05862) report 64 to 72 % with models of 13 M to 52 B
+parameters and a hundred times the data.
+
+From a full-size model:
+
+    python experiments/reward_model_harmless.py --data DIR --start Qwen2.5-0.5B \
+        --reward-model.num-steps 85 --reward-model.optimizer.learning-rate 1e-5 --max-prompt 512
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+from rlhf_jax import pipeline
+from rlhf_jax.data import batches, builders, mixing
+from rlhf_jax.launch import Context, launch
+
+sys.path.append(str(pathlib.Path(__file__).parent))
+import preferences
+
+config = preferences.Config()
+
+
+def run(config: preferences.Config, context: Context) -> dict:
+    """Trains, measures; returns the summary."""
+    tokenizer = preferences.open_tokenizer(config, context)
+    file = context.data / "preference" / "hh_harmless_base_test.jsonl.gz"
+    rows, held_out = mixing.split(builders.load(file), config.held_out)
+    sizes = (tokenizer, config.max_prompt, config.max_response)
+    train, test = (batches.comparisons(part, *sizes) for part in (rows, held_out))
+    pipeline.introduce(context, "comparisons", train, test, tokenizer)
+    clock = pipeline.Clock()
+    with clock("sft"):
+        policy, tuned = preferences.starting_model(config, context, tokenizer, rows, held_out)
+    with clock("reward_model"):
+        scorer = preferences.train(config, context, policy, train)
+    with clock("evaluation"):
+        figures = {
+            "train": preferences.measure(config, context, scorer, train),
+            "held_out": preferences.measure(config, context, scorer, test),
+        }
+    return {"sft": tuned, "reward_model": figures, "seconds": clock.seconds}
+
+
+if __name__ == "__main__":
+    launch(run, config)
