@@ -1,0 +1,115 @@
+"""Reward models from GPT-4's comparisons, English and Chinese: ranks or scores, and whose taste?
+
+    python experiments/reward_model_gpt4_comparisons.py --data DIR
+
+DIR (or RLHF_JAX_DATA) holds `preference/comparison_gpt4_en.json` and `_zh.json` (GPT-4-LLM: GPT-4's
+answer above a weaker model's), `preference/pandalm_testset_v1.json` and `oasst_rm_zh.json` (ranks by
+people), `preference/alpaca_eval_gpt4.jsonl.gz` (16 models judged by GPT-4) and
+`tokenizers/minimind`. Two scorers are trained on the same rows in both languages: by rank loss, and
+by regression on 1 for the better and 0 for the worse answer. Each is measured on held-out pairs of
+its own kind, on human labels, and on the AlpacaEval rows: how far it puts each model above
+text-davinci-003, and whether that orders the 16 models as GPT-4's verdicts do. A scorer that is
+right about GPT-4 and not about people has learned GPT-4's style. `start` takes a full-size model:
+
+    python experiments/reward_model_gpt4_comparisons.py --data DIR --start Qwen2.5-0.5B \
+        --reward-model.num-steps 130 --reward-model.optimizer.learning-rate 1e-5 --max-prompt 512
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import numpy as np
+
+from rlhf_jax import pipeline
+from rlhf_jax.algorithms import reward_model
+from rlhf_jax.data import batches, builders, mixing
+from rlhf_jax.data.batches import Loader
+from rlhf_jax.launch import Context, launch
+
+sys.path.append(str(pathlib.Path(__file__).parent))
+import preferences
+
+
+class Config(preferences.Config):
+    """alpaca_eval_rows: how many of the AlpacaEval rows are scored, spread evenly over the file."""
+
+    alpaca_eval_rows: int = 1600
+
+
+config = Config()
+LOSSES = {"rank": reward_model.loss, "regression": reward_model.regression_loss}
+PEOPLE = {"pandalm_en": "pandalm_testset_v1.json", "oasst_zh": "oasst_rm_zh.json"}
+
+
+def gaps_by_model(config, context, scorer, tokenizer, rows: list[tuple[dict, str]]) -> dict:
+    """How far each AlpacaEval model scores above text-davinci-003, beside GPT-4's win rate for it.
+
+    order: Spearman's correlation of the two over the models.
+    """
+    sizes = (tokenizer, config.max_prompt, config.max_response)
+    plain = [
+        (
+            {
+                "instruction": r["instruction"],
+                "input": "",
+                "output": [r["output_1"], r["output_2"]],
+            },
+            where,
+        )
+        for r, where in rows
+    ]
+    examples = batches.comparisons(plain, *sizes)
+    source = {where: row for row, where in rows}
+    kept = [source[where] for where in examples.where]
+    loader = Loader(examples, config.reward_model.batch_size, config.seed)
+    scores = reward_model.score_all(scorer, loader, mesh=context.mesh)["scores"]
+    models = sorted({row["generator_2"] for row in kept})
+    of = {m: [i for i, row in enumerate(kept) if row["generator_2"] == m] for m in models}
+    gap = {m: float(np.mean(scores[of[m], 1] - scores[of[m], 0])) for m in models}
+    wins = {m: float(np.mean([(kept[i]["preference"] or 1.5) - 1 for i in of[m]])) for m in models}
+    place = lambda values: np.argsort(np.argsort([values[m] for m in models]))  # noqa: E731
+    order = float(np.corrcoef(place(gap), place(wins))[0, 1])
+    return {"rows": len(kept), "order": order, "gap": gap, "gpt4_win_rate": wins}
+
+
+def run(config: Config, context: Context) -> dict:
+    """Trains both scorers, measures both on everything; returns the summary."""
+    tokenizer = preferences.open_tokenizer(config, context)
+    folder = context.data / "preference"
+    sizes = (tokenizer, config.max_prompt, config.max_response)
+
+    def read(name, format=None):
+        return batches.comparisons(builders.load(folder / name), *sizes, format=format)
+
+    train, tests = ([], []), {}
+    for language in ("en", "zh"):
+        rows = builders.load(folder / f"comparison_gpt4_{language}.json")
+        rows, held_out = mixing.split(rows, config.held_out)
+        train[0].extend(rows)
+        train[1].extend(held_out)
+        tests[f"gpt4_{language}"] = batches.comparisons(held_out, *sizes)
+    tests |= {name: read(file) for name, file in PEOPLE.items()}
+    comparisons = batches.comparisons(train[0], *sizes)
+    pipeline.introduce(context, "comparisons", comparisons, tests["gpt4_en"], tokenizer)
+    judged = builders.load(folder / "alpaca_eval_gpt4.jsonl.gz")
+    judged = [judged[i] for i in range(0, len(judged), len(judged) // config.alpaca_eval_rows)]
+
+    clock, figures = pipeline.Clock(), {}
+    with clock("sft"):
+        policy, tuned = preferences.starting_model(config, context, tokenizer, *train)
+    for name, loss_fn in LOSSES.items():
+        with clock(name):
+            scorer = preferences.train(config, context, policy, comparisons, loss_fn, name)
+        with clock(f"{name}_evaluation"):
+            figures[name] = {
+                test: preferences.measure(config, context, scorer, examples)
+                for test, examples in tests.items()
+            }
+            figures[name]["alpaca_eval"] = gaps_by_model(config, context, scorer, tokenizer, judged)
+    return {"sft": tuned, "reward_model": figures, "seconds": clock.seconds}
+
+
+if __name__ == "__main__":
+    launch(run, config)
