@@ -3,8 +3,8 @@
     python experiments/reward_model_gpt4_comparisons.py --data DIR
 
 DIR (or RLHF_JAX_DATA) holds `preference/comparison_gpt4_en.json` and `_zh.json` (GPT-4-LLM: GPT-4's
-answer above a weaker model's), `preference/pandalm_testset_v1.json` and `oasst_rm_zh.json` (ranks by
-people), `preference/alpaca_eval_gpt4.jsonl.gz` (16 models judged by GPT-4) and
+answer above a weaker model's), `preference/pandalm_testset_v1.json` and `oasst_rm_zh.json` (ranks
+by people), `preference/alpaca_eval_gpt4.jsonl.gz` (16 models judged by GPT-4) and
 `tokenizers/minimind`. Two scorers are trained on the same rows in both languages: by rank loss, and
 by regression on 1 for the better and 0 for the worse answer. Each is measured on held-out pairs of
 its own kind, on human labels, and on the AlpacaEval rows: how far it puts each model above
