@@ -164,11 +164,13 @@ def kwise_rank_loss(
 
     InstructGPT (arXiv:2203.02155, eq. 1): all C(K, 2) comparisons of a prompt are one element,
     divided by their number. Rank 0 is best; equal ranks are ties and make no pair, so the divisor
-    is the number of pairs that differ. A prompt with no pair gives 0. `margin`: [B] or a number.
+    is the number of pairs that differ. A prompt with no pair gives 0. `margin`: a number, [B], or
+    [B, K, K] for each pair (better, worse).
     """
     pairs = ranked_pairs(ranks, mask)
     scores = jnp.where(mask > 0, scores, 0.0)  # 0 times NaN would reach the gradient of its pairs
-    margin = jnp.asarray(margin, jnp.float32).reshape(-1, 1, 1)
+    margin = jnp.asarray(margin, jnp.float32)
+    margin = margin if margin.ndim == 3 else margin.reshape(-1, 1, 1)
     losses = -jax.nn.log_sigmoid(scores[:, :, None] - scores[:, None, :] - margin)
     return masked_mean(losses, pairs, axis=(1, 2))
 

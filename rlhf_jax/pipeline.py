@@ -18,7 +18,7 @@ import numpy as np
 
 from rlhf_jax import config, sharding
 from rlhf_jax.algorithms import ppo, reward_model, sft
-from rlhf_jax.data import batches, tokenizers
+from rlhf_jax.data import batches, mixing, tokenizers
 from rlhf_jax.data.batches import Examples, Loader
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.launch import Context
@@ -363,6 +363,8 @@ def introduce(
     """Before step 1: what was read, kept and dropped, and one example with its loss mask."""
     context.log.print(f"{name}: {batches.describe(examples.counts)}")
     context.log.print(f"{name}, held out: {batches.describe(held_out.counts)}")
+    if isinstance(examples[0], batches.Demonstrations):
+        context.log.print(f"{name}: {mixing.utilisation(examples):.0%} of the positions are tokens")
     context.log.print(batches.show(examples[0], tokenizer))
 
 

@@ -146,8 +146,8 @@ def test_who_renames_second_uses_what_is_there(tmp_path, cache, monkeypatch):
     path = write(tmp_path / "x.jsonl", lines({"a": 1}))
     write_dataset = builders._write
 
-    def slow_write(path, work):
-        written = write_dataset(path, work)
+    def slow_write(path, *rest):
+        written = write_dataset(path, *rest)
         monkeypatch.setattr(builders, "_write", write_dataset)
         builders.load(path)  # somebody else finishes first
         return written

@@ -1,4 +1,7 @@
-"""Reward model: rank loss on K >= 2 responses of one prompt (InstructGPT, arXiv:2203.02155)."""
+"""Reward model: rank loss on K >= 2 responses of one prompt (InstructGPT, arXiv:2203.02155).
+
+Other losses to pass as `loss_fn`: `rating_gap_loss`, `plackett_luce_loss`, `regression_loss`.
+"""
 
 from __future__ import annotations
 
@@ -63,24 +66,76 @@ def loss(config: Config, params: dict, batch: Comparisons):
     (chosen + rejected)^2 with the same weights.
     """
     scores = score_batch(params["scorer"], batch, config.micro_batches)
-    pairs = losses.ranked_pairs(batch.ranks, batch.mask)
-    usable = jnp.max(pairs, axis=(1, 2))
     ranking = losses.kwise_rank_loss(scores, batch.ranks, batch.mask, batch.margin)
+    return _mean_over_prompts(config, scores, ranking, batch)
+
+
+def rating_gap_loss(config: Config, params: dict, batch: Comparisons):
+    """`loss` with the gap of a pair's ratings as its margin (Llama 2, arXiv:2307.09288, eq. 2).
+
+    Ratings are as the data gives them: divide them there to have smaller margins.
+    """
+    scores = score_batch(params["scorer"], batch, config.micro_batches)
+    ratings = _ratings(batch)
+    gap = ratings[:, :, None] - ratings[:, None, :]
+    ranking = losses.kwise_rank_loss(scores, batch.ranks, batch.mask, gap)
+    return _mean_over_prompts(config, scores, ranking, batch)
+
+
+def plackett_luce_loss(config: Config, params: dict, batch: Comparisons):
+    """Mean over prompts of -log P(ranking) under Plackett-Luce, nats; `centring_coef` as in `loss`.
+
+    A prompt with nine responses weighs more than one with two: it is a likelihood.
+    """
+    scores = score_batch(params["scorer"], batch, config.micro_batches)
+    ranking = losses.plackett_luce_loss(scores, batch.ranks, batch.mask)
+    return _mean_over_prompts(config, scores, ranking, batch)
+
+
+def regression_loss(config: Config, params: dict, batch: Comparisons):
+    """Mean over responses of (score - rating)^2, single responses and ties included.
+
+    Ratings are those of the data; labels are 1 or 0, and ranks without ratings count from 1 for the
+    best down to 0 for the worst.
+    """
+    scores = score_batch(params["scorer"], batch, config.micro_batches)
+    squares = losses.score_regression_loss(scores=scores, targets=_ratings(batch))
+    return losses.masked_mean(squares, batch.mask), _metrics(scores, batch)
+
+
+def _ratings(batch: Comparisons) -> Float[Array, "B K"]:
+    if batch.scores is None:
+        raise ValueError(
+            "this loss reads ratings, which only some rows of the dataset have; give every row its "
+            "scores, or none (its ranks then stand in for them)"
+        )
+    return batch.scores
+
+
+def _mean_over_prompts(
+    config: Config, scores: Float[Array, "B K"], ranking: Float[Array, " B"], batch: Comparisons
+):
+    pairs = losses.ranked_pairs(batch.ranks, batch.mask)
     centring = losses.masked_mean(
         jnp.square(scores[:, :, None] + scores[:, None, :]), pairs, axis=(1, 2)
     )
+    usable = jnp.max(pairs, axis=(1, 2))
     value = losses.masked_mean(ranking + config.centring_coef * centring, usable)
+    return value, _metrics(scores, batch)
+
+
+def _metrics(scores: Float[Array, "B K"], batch: Comparisons) -> dict[str, Array]:
+    pairs = losses.ranked_pairs(batch.ranks, batch.mask)
     gap = scores[:, :, None] - scores[:, None, :]
     right = (gap > 0) + 0.5 * (gap == 0)
-    metrics = {
+    return {
         "rewards/accuracies": losses.masked_mean(right, pairs),
         "rewards/margins": losses.masked_mean(gap, pairs),
         "rewards/chosen": losses.masked_mean(scores[:, :, None] + 0 * gap, pairs),
         "rewards/rejected": losses.masked_mean(scores[:, None, :] + 0 * gap, pairs),
         "num_pairs": jnp.sum(pairs),
-        "num_prompts": jnp.sum(usable),
+        "num_prompts": jnp.sum(jnp.max(pairs, axis=(1, 2))),
     }
-    return value, metrics
 
 
 def init_scorer(policy: Model, key: Array) -> Model:
@@ -169,7 +224,10 @@ def score_all(
 def evaluate(
     config: Config, scorer: Model, comparisons: Loader, *, mesh: jax.sharding.Mesh | None = None
 ) -> dict[str, float]:
-    """Held-out loss (mean over prompts) and accuracy (mean over pairs; an exact tie is half)."""
+    """Held-out rank loss (mean over prompts) and accuracy (mean over pairs; a tie is half).
+
+    Whatever loss trained the scorer. Raises ValueError if no two responses differ in rank.
+    """
     mesh = mesh or sharding.make_mesh()
 
     def sums(config, scorer, batch):
@@ -184,4 +242,6 @@ def evaluate(
             for batch in comparisons.epoch_batches()
         ]
         value, prompts, right, pairs = (sum(float(x) for x in column) for column in zip(*totals))
+    if not pairs:
+        raise ValueError("no two held-out responses differ in rank; evaluate on comparisons")
     return {"eval_loss": value / prompts, "eval_accuracy": right / pairs, "eval_pairs": pairs}

@@ -18,18 +18,22 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _NAME = "local_rows"
-_LAYOUT = "1"  # part of the cache key: raise it when what is stored for a row changes
+_LAYOUT = "2"  # part of the cache key: raise it when what is stored for a row changes
 _CHUNK = 256
+_REPEATED = "\0repeated"  # marks an object of a file that has a field twice
 
 
 class Rows(Sequence):
-    """Rows of a dataset by position: `rows[i] -> (row, where)`, with `where` for error messages."""
+    """Rows of a dataset by position: `rows[i] -> (row, where)`, with `where` for error messages.
+
+    Under `on_bad_row="drop"` the fault of a line that cannot be read is there in place of its row.
+    """
 
     def __init__(self, source: Any, name: str, packed: bool):
         self._source = source
@@ -39,20 +43,20 @@ class Rows(Sequence):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> tuple[dict[str, Any], str]:
+    def __getitem__(self, index: int) -> tuple[dict[str, Any] | str, str]:
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"{self._name}: row {index} of {len(self)}")
         return self._unpack(position, self._source[position])
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
+    def __iter__(self) -> Iterator[tuple[dict[str, Any] | str, str]]:
         # Reading many records in one call is ten times faster than one by one.
         for start in range(0, len(self), _CHUNK):
             positions = range(start, min(start + _CHUNK, len(self)))
             for position, record in zip(positions, self._source.__getitems__(list(positions))):
                 yield self._unpack(position, record)
 
-    def _unpack(self, position: int, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    def _unpack(self, position: int, record: dict[str, Any]) -> tuple[dict[str, Any] | str, str]:
         if self._packed:
             where = _where(record["file"].decode(), int(record["line"]))
             return json.loads(record["row"]), where
@@ -61,7 +65,10 @@ class Rows(Sequence):
 
 
 def load(
-    source: str | os.PathLike, split: str = "train", cache: str | os.PathLike | None = None
+    source: str | os.PathLike,
+    split: str = "train",
+    cache: str | os.PathLike | None = None,
+    on_bad_row: Literal["error", "drop"] = "error",
 ) -> Rows:
     """Opens a dataset: a .jsonl or .json file (or .gz), a prepared TFDS folder, or a TFDS name.
 
@@ -71,11 +78,13 @@ def load(
     TFDS understands, "train[:90%]" included.
 
     Raises ValueError, on one line, for a source that is missing, unreadable or of another kind, and
-    for a damaged file with the line it is damaged at.
+    for a damaged file with the line it is damaged at. With `on_bad_row="drop"` lines of a .jsonl
+    that hold no row are kept as faults, which `batches` drop and count under the same setting; what
+    is lost without a count (a damaged .gz, a .json that does not parse) stays an error.
     """
     path = pathlib.Path(source).expanduser()
     if path.is_file():
-        builder = _open(_stored(path, cache))
+        builder = _open(_stored(path, cache, on_bad_row))
     elif path.is_dir():
         builder = _open(path)
     elif str(source).startswith((".", "~", os.sep)) or path.suffix in (".gz", ".json", ".jsonl"):
@@ -101,7 +110,7 @@ def load(
 class _Line(NamedTuple):
     """One row of a file and its number, from 1: the line in .jsonl, the place in a .json array."""
 
-    row: dict[str, Any]
+    row: dict[str, Any] | str
     number: int
 
 
@@ -110,11 +119,11 @@ def _where(file: str, number: int) -> str:
     return f"{file}:{number}" if is_lines else f"{file} row {number}"
 
 
-def _stored(path: pathlib.Path, cache: str | os.PathLike | None) -> pathlib.Path:
+def _stored(path: pathlib.Path, cache: str | os.PathLike | None, on_bad_row: str) -> pathlib.Path:
     """The TFDS folder of a local file, written now unless the same content was before."""
     if not path.name.lower().endswith(SUFFIXES):
         raise ValueError(f"{path}: unknown kind of file; {', '.join(SUFFIXES)} are read")
-    key = _content_hash(path)
+    key = _content_hash(path, on_bad_row)
     folder = pathlib.Path(cache or os.environ.get("RLHF_JAX_CACHE") or "~/.cache/rlhf_jax")
     folder = folder.expanduser()
     target = folder / key
@@ -129,7 +138,7 @@ def _stored(path: pathlib.Path, cache: str | os.PathLike | None) -> pathlib.Path
             "set RLHF_JAX_CACHE to one that can"
         ) from None
     try:
-        written = _write(path, work)
+        written = _write(path, work, on_bad_row)
         try:
             # Whoever renames first wins; the content is the same, so the others use theirs.
             written.rename(target)
@@ -141,9 +150,9 @@ def _stored(path: pathlib.Path, cache: str | os.PathLike | None) -> pathlib.Path
     return target
 
 
-def _content_hash(path: pathlib.Path) -> str:
+def _content_hash(path: pathlib.Path, on_bad_row: str) -> str:
     # The name counts too: it is stored with every row.
-    digest = hashlib.sha256(f"{_LAYOUT}\n{path.name}\n".encode())
+    digest = hashlib.sha256(f"{_LAYOUT}\n{on_bad_row}\n{path.name}\n".encode())
     try:
         with path.open("rb") as file:
             while block := file.read(2**20):
@@ -153,9 +162,9 @@ def _content_hash(path: pathlib.Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def _write(path: pathlib.Path, work: pathlib.Path) -> pathlib.Path:
+def _write(path: pathlib.Path, work: pathlib.Path, on_bad_row: str) -> pathlib.Path:
     """Writes the file's rows as a TFDS dataset somewhere below `work`; returns its folder."""
-    lines = _rows_of(path)
+    lines = _rows_of(path, on_bad_row)
     # TFDS reports an empty dataset by an assertion without a name: look at one row first.
     first = next(lines, None)
     if first is None:
@@ -200,9 +209,9 @@ def _write(path: pathlib.Path, work: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(builder.data_dir)
 
 
-def _rows_of(path: pathlib.Path) -> Iterator[_Line]:
+def _rows_of(path: pathlib.Path, on_bad_row: str) -> Iterator[_Line]:
     is_lines = path.name.lower().removesuffix(".gz").endswith(".jsonl")
-    return _json_lines(path) if is_lines else _json_array(path)
+    return _json_lines(path, on_bad_row) if is_lines else _json_array(path)
 
 
 def _raw_lines(path: pathlib.Path) -> Iterator[bytes]:
@@ -231,22 +240,49 @@ def _decoded(line: bytes, where: str) -> str:
         ) from None
 
 
-def _json_lines(path: pathlib.Path) -> Iterator[_Line]:
+def _json_lines(path: pathlib.Path, on_bad_row: str) -> Iterator[_Line]:
     for number, line in enumerate(_raw_lines(path), 1):
-        where = f"{path.name}:{number}"
-        text = _decoded(line, where)
-        if not text.strip():
-            continue  # a blank line holds no row, so that nothing is lost
         try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: malformed JSON ({error.msg}, column {error.colno}); "
-                "a .jsonl file has one complete object a line"
-            ) from None
-        except (ValueError, RecursionError) as error:  # a giant number, a thousand brackets
-            raise ValueError(f"{where}: unusable JSON ({error}); correct the line") from None
-        yield _Line(_object(row, where), number)
+            row = _row(line, f"{path.name}:{number}")
+        except ValueError as error:
+            if on_bad_row == "error":
+                raise
+            row = str(error)
+        if row is not None:
+            yield _Line(row, number)
+
+
+def _row(line: bytes, where: str) -> dict[str, Any] | None:
+    text = _decoded(line, where)
+    if not text.strip():
+        return None  # a blank line holds no row, so that nothing is lost
+    try:
+        row, repeated = _parsed(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where}: malformed JSON ({error.msg}, column {error.colno}); "
+            "a .jsonl file has one complete object a line"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a giant number, a thousand brackets
+        raise ValueError(f"{where}: unusable JSON ({error}); correct the line") from None
+    if repeated:
+        raise ValueError(f"{where}: the field {repeated[0]!r} is given twice; remove one")
+    return _object(row, where)
+
+
+def _parsed(text: str) -> tuple[Any, list[str]]:
+    """The value of a JSON text, and fields that an object in it has twice."""
+    repeated: list[str] = []
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated.append(next(name for name in names if names.count(name) > 1))
+            found[_REPEATED] = True
+        return found
+
+    return json.loads(text, object_pairs_hook=fields), repeated
 
 
 def _json_array(path: pathlib.Path) -> Iterator[_Line]:
@@ -254,7 +290,7 @@ def _json_array(path: pathlib.Path) -> Iterator[_Line]:
         _decoded(line, f"{path.name}:{number}") for number, line in enumerate(_raw_lines(path), 1)
     ]
     try:
-        rows = json.loads("".join(lines))
+        rows, repeated = _parsed("".join(lines))
     except json.JSONDecodeError as error:
         remedy = "a .json file holds one array of objects; one object a line is .jsonl"
         raise ValueError(
@@ -269,6 +305,9 @@ def _json_array(path: pathlib.Path) -> Iterator[_Line]:
             "objects"
         )
     for number, row in enumerate(rows, 1):
+        if repeated and repr(_REPEATED) in repr(row):
+            where = _where(path.name, number)
+            raise ValueError(f"{where}: the field {repeated[0]!r} is given twice; remove one")
         yield _Line(_object(row, _where(path.name, number)), number)
 
 

@@ -24,9 +24,9 @@ PAD, EOS = "<pad>", "<eos>"
 # For models that know no template, in any language: each turn is its role on a line, then the text;
 # an answer ends with EOS.
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}:\n{{ message['content'] | trim }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] | trim }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _ANCHOR = "\n"
