@@ -17,6 +17,8 @@ can share its mistakes: read the table of samples too.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import numpy as np
 
@@ -45,6 +47,7 @@ class Config(pipeline.AlignmentConfig):
     max_prompt: int = 128
     max_response: int = 128
     plain_template: bool = False
+    on_bad_row: Literal["error", "drop"] = "error"
     lora_rank: int = 0
     judge_draws: int = 4
     sft: sft.Config = sft.Config()
@@ -98,7 +101,8 @@ class Files:
     def split(self, name: str) -> tuple[list, list]:
         """(training rows, held-out rows) of a file, and an error where nothing is held out."""
         path = getattr(self.config, name)
-        rows, held_out = mixing.split(builders.load(path), self.config.held_out)
+        rows = builders.load(path, on_bad_row=self.config.on_bad_row)
+        rows, held_out = mixing.split(rows, self.config.held_out)
         if not rows or not held_out:
             raise ValueError(
                 f"{path}: {len(rows)} rows to train on and {len(held_out)} held out; give more "
@@ -108,14 +112,17 @@ class Files:
 
     def demonstrations(self, rows: list) -> batches.Examples:
         c = self.config
-        return batches.demonstrations(rows, self.tokenizer, c.max_prompt, c.max_response)
+        sizes = (self.tokenizer, c.max_prompt, c.max_response)
+        return batches.demonstrations(rows, *sizes, on_bad_row=c.on_bad_row)
 
     def comparisons(self, rows: list) -> batches.Examples:
         c = self.config
-        return batches.comparisons(rows, self.tokenizer, c.max_prompt, c.max_response)
+        sizes = (self.tokenizer, c.max_prompt, c.max_response)
+        return batches.comparisons(rows, *sizes, on_bad_row=c.on_bad_row)
 
     def prompts(self, rows: list) -> batches.Examples:
-        return batches.prompts(rows, self.tokenizer, self.config.max_prompt)
+        c = self.config
+        return batches.prompts(rows, self.tokenizer, c.max_prompt, on_bad_row=c.on_bad_row)
 
 
 def export(config: Config, context: Context, name: str, model, tokenizer) -> None:

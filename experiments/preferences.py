@@ -61,7 +61,7 @@ def starting_model(config: Config, context: Context, tokenizer, rows: list, held
     if config.start:
         return huggingface.load(config.start, context.mesh), {}
     sizes = (tokenizer, config.max_prompt, config.max_response)
-    answers = [batches.demonstrations(part, *sizes) for part in (rows, held_out)]
+    answers = [batches.demonstrations(part, *sizes, on_bad_row="drop") for part in (rows, held_out)]
     initial = pipeline.new_model(config.model, context, config.seed)
     return pipeline.fine_tune(config, context, initial, tokenizer, *answers)
 

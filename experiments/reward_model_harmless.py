@@ -35,7 +35,10 @@ def run(config: preferences.Config, context: Context) -> dict:
     file = context.data / "preference" / "hh_harmless_base_test.jsonl.gz"
     rows, held_out = mixing.split(builders.load(file), config.held_out)
     sizes = (tokenizer, config.max_prompt, config.max_response)
-    train, test = (batches.comparisons(part, *sizes) for part in (rows, held_out))
+    train, test = (
+        batches.comparisons(part, *sizes, on_bad_row="drop")  # some turns are empty
+        for part in (rows, held_out)
+    )
     pipeline.introduce(context, "comparisons", train, test, tokenizer)
     clock = pipeline.Clock()
     with clock("sft"):
