@@ -8,6 +8,7 @@ imported.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
@@ -273,16 +274,16 @@ def _row(line: bytes, where: str) -> dict[str, Any] | None:
 def _parsed(text: str) -> tuple[Any, list[str]]:
     """The value of a JSON text, and fields that an object in it has twice."""
     repeated: list[str] = []
+    return json.loads(text, object_pairs_hook=functools.partial(_fields, repeated)), repeated
 
-    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            repeated.append(next(name for name in names if names.count(name) > 1))
-            found[_REPEATED] = True
-        return found
 
-    return json.loads(text, object_pairs_hook=fields), repeated
+def _fields(repeated: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated.append(next(name for name in names if names.count(name) > 1))
+        found[_REPEATED] = True
+    return found
 
 
 def _json_array(path: pathlib.Path) -> Iterator[_Line]:

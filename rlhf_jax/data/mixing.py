@@ -46,7 +46,7 @@ def _prompt_text(example: formats.Example) -> str:
     return "\n".join(turn.content for turn in example.prompt)
 
 
-def mix(parts: Sequence[tuple[Examples, float]]) -> Examples:
+def mix(parts: Sequence[tuple[Examples, float | int]]) -> Examples:
     """One dataset of several of a kind, each with its weight: its share of the rows of an epoch.
 
     The epoch is the shortest in which every row comes at least once: the rows of a part that is too
