@@ -4,6 +4,8 @@
     if __name__ == "__main__":
         launch(pipeline.run, config)
 
+`command` is for tools that train nothing: flags and errors only.
+
 Exit codes: 0 done, 2 bad input, 3 training stopped (a non-finite loss, a failed check),
 130 interrupted.
 """
@@ -37,6 +39,7 @@ from rlhf_jax.training.state import TrainingStopped
 # What may differ, and only grow, when a workdir is used again: the length of the last stage. An
 # earlier stage that grew would leave the later ones trained on a model that is no more.
 LENGTHS = ("num_iterations",)
+ELSEWHERE = " (--debug shows where)"
 
 
 class Context(NamedTuple):
@@ -118,6 +121,24 @@ def _launch(run, flags, undo: contextlib.ExitStack) -> dict:
 
 
 # ------------------------------------------------------------------------------ the command line
+
+
+def command(run: Callable | dict[str, Callable], argv: list[str] | None = None):
+    """Call a function, or the named one of several, with the command line as its arguments.
+
+    For tools that train nothing: no workdir. Returns what the function returns, or exits
+    (SystemExit) as `launch` does, having printed one line to stderr.
+    """
+    _set_up_jax()
+    described = inspect.cleandoc(vars(sys.modules["__main__"]).get("__doc__") or "")
+    try:
+        if isinstance(run, dict):
+            return tyro.extras.subcommand_cli_from_dict(run, description=described, args=argv)
+        return tyro.cli(run, description=described, args=argv)
+    except (ValueError, OSError) as error:
+        _fail(2, _one_line(error).removesuffix(ELSEWHERE), debug=False)
+    except KeyboardInterrupt:
+        _fail(130, "interrupted", debug=False)
 
 
 def _parse(config: Config, argv: list[str] | None):
@@ -361,7 +382,7 @@ def _one_line(error: Exception) -> str:
     # Our own messages say what to do; one from elsewhere (a shape in an edited loss) needs a place.
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     ours = Path(raised_in).is_relative_to(Path(__file__).parent)
-    return text if ours else f"{text} (--debug shows where)"
+    return text if ours else text + ELSEWHERE
 
 
 def _fail(code: int, message: str, debug: bool) -> None:
