@@ -39,7 +39,6 @@ from rlhf_jax.training.state import TrainingStopped
 # What may differ, and only grow, when a workdir is used again: the length of the last stage. An
 # earlier stage that grew would leave the later ones trained on a model that is no more.
 LENGTHS = ("num_iterations",)
-ELSEWHERE = " (--debug shows where)"
 
 
 class Context(NamedTuple):
@@ -136,7 +135,7 @@ def command(run: Callable | dict[str, Callable], argv: list[str] | None = None):
             return tyro.extras.subcommand_cli_from_dict(run, description=described, args=argv)
         return tyro.cli(run, description=described, args=argv)
     except (ValueError, OSError) as error:
-        _fail(2, _one_line(error).removesuffix(ELSEWHERE), debug=False)
+        _fail(2, _one_line(error, hint=""), debug=False)
     except KeyboardInterrupt:
         _fail(130, "interrupted", debug=False)
 
@@ -375,14 +374,14 @@ def _figure(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, hint: str = " (--debug shows where)") -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split()) or type(error).__name__
     # Our own messages say what to do; one from elsewhere (a shape in an edited loss) needs a place.
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     ours = Path(raised_in).is_relative_to(Path(__file__).parent)
-    return text if ours else text + ELSEWHERE
+    return text if ours else text + hint
 
 
 def _fail(code: int, message: str, debug: bool) -> None:
