@@ -79,6 +79,8 @@ class Speaker(NamedTuple):
 
 def load(folder: pathlib.Path, sampling: Sampling) -> Speaker:
     """The speaker of a Hugging Face folder. Raises ValueError, also for what it cannot sample."""
+    if (folder / "metrics.jsonl").is_file():
+        raise ValueError(f"{folder}: the folder of a run; name the model folder that it exported")
     model, tokenizer = huggingface.load(folder), tokenizers.from_folder(folder)
     tokenizers.check_vocab(tokenizer, model.config.vocab_size)
     sampling.check(model.config.max_length)
@@ -235,6 +237,7 @@ def chat(
         try:
             line = input("> " if terminal else "")
         except EOFError:
+            print("\n" * terminal, end="")
             return
         if line.strip() == "/new":
             messages = list(opening)

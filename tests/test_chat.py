@@ -149,10 +149,17 @@ def test_bad_flags_are_one_line_and_exit_code_2(talk, real_data, capsys, flags, 
     assert stopped.value.code == 2 and message in error and "\n" not in error
 
 
-def test_a_folder_without_a_model_is_one_line_and_exit_code_2(talk, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nowhere", "no such folder"), (".", "the folder of a run; name the model")],
+)
+def test_a_folder_without_a_model_is_one_line_and_exit_code_2(
+    talk, tmp_path, capsys, name, message
+):
+    (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(SystemExit) as stopped:
-        talk([], "--model", str(tmp_path / "nowhere"))
-    assert stopped.value.code == 2 and "no such folder" in capsys.readouterr().err
+        talk([], "--model", str(tmp_path / name))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_answers_do_not_depend_on_the_batch(chat, experiment, speaker):

@@ -5,10 +5,11 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 from page import Page
 
-from rlhf_jax.data import builders, formats
+from rlhf_jax.data import batches, builders, tokenizers
 from rlhf_jax.launch import command
 
 HOSTILE = (
@@ -157,8 +158,9 @@ def test_people_rank_tie_skip_and_come_back(write, browser):
     page.press("down")  # the skipped one after all: a tie
     path, rows = page.download()
     assert rows[2] == ROWS[2] | {"ranks": [0, 0]}
-    read = [formats.comparison(row, where) for row, where in builders.load(path)]
-    assert [one.ranks for one in read] == [(1, 2, 0, 1), (0, 1), (0, 0)]
+    read = batches.comparisons(builders.load(path), tokenizers.byte_tokenizer(), 256, 256)
+    assert read.gather(np.arange(2)).ranks.tolist() == [[1, 2, 0, 1], [0, 1, 0, 0]]
+    assert read.counts.dropped == {batches.NO_PAIR: 1}  # nothing to learn from a tie of two
     assert browser.title == "page" and not page.errors()
 
 
