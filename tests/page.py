@@ -10,6 +10,8 @@ class Page:
     def __init__(self, browser, path):
         self.browser, self.url = browser, path.as_uri()
         self.open()
+        browser.execute_script("localStorage.clear()")  # whoever judged the same page before
+        self.open()
 
     def open(self):
         self.browser.get(self.url)
@@ -45,13 +47,12 @@ class Page:
         return "abcdefghi"[self.responses().index(response)]
 
     def download(self):
-        """(path, rows) of what the download button wrote."""
-        before = set(self.browser.downloads.iterdir())
+        """(path, rows) of what the download button wrote, until the next download."""
+        for earlier in self.browser.downloads.iterdir():
+            earlier.unlink()
         self.click("#download")
-        for _ in range(100):
-            new = set(self.browser.downloads.glob("*.jsonl")) - before
-            if new:
-                (path,) = new
+        for _ in range(200):
+            for path in self.browser.downloads.glob("*.jsonl"):
                 return path, [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
             time.sleep(0.05)
         raise AssertionError("nothing was downloaded")
