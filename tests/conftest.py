@@ -66,6 +66,8 @@ def browser(tmp_path_factory):
         options.add_argument(f"--disable-{feature}")
     opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     opened.set_window_size(1180, 820)
+    # Keys reach the page even while the browser shows a download.
+    opened.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
     opened.downloads = pathlib.Path(options.experimental_options["prefs"].popitem()[1])
     yield opened
     opened.quit()
