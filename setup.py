@@ -35,6 +35,7 @@ setup(
             "beartype>=0.20",
             "hypothesis>=6",
             "nbclient>=0.10",
+            "selenium>=4.20",  # drives Debian's chromium, where there is one
             "ipykernel>=6",
             "ruff>=0.14",
         ],

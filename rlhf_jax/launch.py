@@ -4,6 +4,8 @@
     if __name__ == "__main__":
         launch(pipeline.run, config)
 
+`command` is for tools that train nothing: flags and errors only.
+
 Exit codes: 0 done, 2 bad input, 3 training stopped (a non-finite loss, a failed check),
 130 interrupted.
 """
@@ -118,6 +120,24 @@ def _launch(run, flags, undo: contextlib.ExitStack) -> dict:
 
 
 # ------------------------------------------------------------------------------ the command line
+
+
+def command(run: Callable | dict[str, Callable], argv: list[str] | None = None):
+    """Call a function, or the named one of several, with the command line as its arguments.
+
+    For tools that train nothing: no workdir. Returns what the function returns, or exits
+    (SystemExit) as `launch` does, having printed one line to stderr.
+    """
+    _set_up_jax()
+    described = inspect.cleandoc(vars(sys.modules["__main__"]).get("__doc__") or "")
+    try:
+        if isinstance(run, dict):
+            return tyro.extras.subcommand_cli_from_dict(run, description=described, args=argv)
+        return tyro.cli(run, description=described, args=argv)
+    except (ValueError, OSError) as error:
+        _fail(2, _one_line(error, hint=""), debug=False)
+    except KeyboardInterrupt:
+        _fail(130, "interrupted", debug=False)
 
 
 def _parse(config: Config, argv: list[str] | None):
@@ -354,14 +374,14 @@ def _figure(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, hint: str = " (--debug shows where)") -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split()) or type(error).__name__
     # Our own messages say what to do; one from elsewhere (a shape in an edited loss) needs a place.
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     ours = Path(raised_in).is_relative_to(Path(__file__).parent)
-    return text if ours else f"{text} (--debug shows where)"
+    return text if ours else text + hint
 
 
 def _fail(code: int, message: str, debug: bool) -> None:

@@ -7,7 +7,9 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import importlib
 import pathlib
+import shutil
 
 import pytest
 
@@ -41,3 +43,42 @@ def compile_cache(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless Chromium; `downloads` is its folder. Skips by name where it is not installed."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    options.add_experimental_option(
+        "prefs", {"download.default_directory": str(tmp_path_factory.mktemp("downloads"))}
+    )
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    profile = tmp_path_factory.mktemp("profile")
+    off = ("gpu", "quic", "background-networking", "component-update", "sync", "dev-shm-usage")
+    for flag in ("headless", "no-sandbox", "no-first-run", "lang=en", f"user-data-dir={profile}"):
+        options.add_argument(f"--{flag}")
+    for feature in off:
+        options.add_argument(f"--disable-{feature}")
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    opened.set_window_size(1180, 820)
+    # Keys reach the page even while the browser shows a download.
+    opened.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
+    opened.downloads = pathlib.Path(options.experimental_options["prefs"].popitem()[1])
+    yield opened
+    opened.quit()
+
+
+@pytest.fixture
+def experiment(monkeypatch, tmp_path):
+    """`experiment(name)` is a program of experiments/; its data go to a temporary cache."""
+    from rlhf_jax import launch
+
+    monkeypatch.syspath_prepend(str(REPOSITORY / "experiments"))
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(launch, "_set_up_jax", lambda: None)
+    return importlib.import_module
