@@ -1,9 +1,11 @@
-"""Import of transformers' Llama folders: the numbers of a real model, of torch, and every error."""
+"""Import of transformers' folders: the numbers of a real Llama, of torch, and every error.
+
+Other families and export are in test_families.py.
+"""
 
 import contextlib
 import json
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -12,10 +14,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rlhf_jax import sampling, sharding
-from rlhf_jax.models import huggingface, transformer
+from rlhf_jax.models import configs, families, huggingface, transformer
 
 # A Llama of 1 layer, width 8: D = 8, V = 16, 2 query heads and 1 key/value head of 4, F = 12.
 FIELDS = {
@@ -245,17 +248,17 @@ def test_both_spellings_of_the_configuration_say_the_same():
         norm_eps=1e-5,
         tied=False,
     )
-    assert huggingface.config_from(FIELDS | FOUR) == want
-    assert huggingface.config_from(FIELDS | FIVE) == want
-    assert huggingface.config_from(FIELDS | FIVE, dtype="bfloat16").dtype == "bfloat16"
+    assert configs.config_from(FIELDS | FOUR) == want
+    assert configs.config_from(FIELDS | FIVE) == want
+    assert configs.config_from(FIELDS | FIVE, dtype="bfloat16").dtype == "bfloat16"
     old = FOUR | {"rope_scaling": {"type": "default"}}
-    assert huggingface.config_from(FIELDS | old) == want
+    assert configs.config_from(FIELDS | old) == want
 
 
 def test_what_a_configuration_leaves_out_has_the_default_of_transformers():
     optional = ("num_key_value_heads", "rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias")
     fields = {k: v for k, v in FIELDS.items() if k not in (*optional, "tie_word_embeddings")}
-    config = huggingface.config_from(fields | {"head_dim": None})
+    config = configs.config_from(fields | {"head_dim": None})
     assert (config.num_kv_heads, config.head_dim, config.norm_eps) == (2, 4, 1e-6)
     assert (config.rope_base, config.tied) == (10000.0, False)
 
@@ -375,21 +378,35 @@ def test_pickled_weights_are_refused_with_the_remedy(tmp_path):
     "change, parts",
     [
         (
-            {"architectures": ["GPT2LMHeadModel"]},
-            ["GPT2LMHeadModel", "these are: LlamaForCausalLM"],
+            {"architectures": ["BertForMaskedLM"]},
+            ["BertForMaskedLM", "these are: LlamaForCausalLM", "OPTForSequenceClassification"],
         ),
         ({"architectures": None}, ["architectures=None"]),
         ({"architectures": []}, ["architectures=[]"]),
-        ({"attention_bias": True}, ["attention_bias=True", "only False"]),
-        ({"mlp_bias": True}, ["mlp_bias=True", "only False"]),
-        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "only 'silu'"]),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, ["mixture of experts, none of which"]),
+        ({"architectures": ["MixtralForCausalLM"]}, ["mixture of experts, none of which"]),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            ["num_labels=2", "only 1, a score"],
+        ),
+        ({"hidden_act": "glu"}, ["hidden_act='glu'", "these are: silu, swish, gelu"]),
         ({"sliding_window": 4096}, ["sliding_window=4096"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config={'bits': 4}"]),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "'linear'"]),
-        ({"rope_scaling": {"rope_type": "llama3"}}, ["rope_scaling", "'llama3'"]),
+        ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor=None must be a positive"]),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            ["rope_scaling.low_freq_factor=None must be a positive number"],
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}},
+            ["rope_scaling.short_factor must be a list of 2 numbers"],
+        ),
         ({"rope_scaling": "linear"}, ["rope_scaling='linear' must be an object"]),
-        ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters", "'yarn'"]),
+        (
+            {"rope_parameters": {"rope_type": "axial"}},
+            ["rope_parameters has rope_type='axial'", "default, linear, dynamic, llama3, yarn"],
+        ),
         (
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
             ["rope_parameters", "partial_rotary_factor=0.25"],
@@ -407,7 +424,7 @@ def test_pickled_weights_are_refused_with_the_remedy(tmp_path):
 )
 def test_a_configuration_that_is_not_built_is_refused_by_field(change, parts):
     with refused("folder/config.json: ", *parts):
-        huggingface.config_from(FIELDS | FOUR | change, "folder/config.json")
+        configs.config_from(FIELDS | FOUR | change, "folder/config.json")
 
 
 @pytest.mark.parametrize(
@@ -477,11 +494,57 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
         huggingface.load(tmp_path)
 
 
-def test_every_parameter_of_a_causal_model_has_a_name_and_every_name_a_parameter():
-    names = huggingface.NAMES["LlamaForCausalLM"]
-    config = huggingface.config_from(FIELDS | FOUR | {"num_hidden_layers": 3})
+OTHERS = {
+    "gpt2": dict(architectures=["GPT2LMHeadModel"], vocab_size=16, n_embd=8, n_layer=1, n_head=2),
+    "opt": FIELDS | dict(architectures=["OPTForCausalLM"], ffn_dim=12, max_position_embeddings=32),
+    "gemma2": FIELDS | dict(architectures=["Gemma2ForCausalLM"]),
+    "gemma3": FIELDS | dict(architectures=["Gemma3ForCausalLM"]),
+    "neox": FIELDS | dict(architectures=["GPTNeoXForCausalLM"], rotary_pct=0.5),
+}
+
+
+@pytest.mark.parametrize(
+    "name, change, parts",
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["only False"]),
+        ("gpt2", {"scale_attn_weights": False}, ["only True"]),
+        ("opt", {"do_layer_norm_before": False}, ["do_layer_norm_before=False", "only True"]),
+        ("opt", {"word_embed_proj_dim": 4}, ["word_embed_proj_dim=4", "only hidden_size"]),
+        ("gemma2", {"use_bidirectional_attention": True}, ["only False"]),
+        ("gemma2", {"layer_types": ["chunked"]}, ["layer_types must name full_attention or"]),
+        ("gemma2", {"final_logit_softcapping": 0}, ["must be a positive number"]),
+        (
+            "gemma3",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}},
+            ["sliding_attention is scaled"],
+        ),
+        ("neox", {"rotary_pct": 0.75}, ["rotary_pct=0.75 of 4 is odd"]),
+    ],
+    ids=str,
+)
+def test_a_setting_of_another_family_that_is_not_built_is_refused_by_field(name, change, parts):
+    with refused("config.json: ", *change, *parts):
+        configs.config_from(OTHERS[name] | change)
+    configs.config_from(OTHERS[name])
+
+
+def test_tensors_of_a_trunk_alone_are_found_without_their_prefix(tmp_path):
+    """As in the first GPT-2 files, which also hold their masks."""
+    config = configs.config_from(OTHERS["gpt2"])
+    model = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
+    huggingface.save(tmp_path / "named", model)
+    with safe_open(tmp_path / "named" / "model.safetensors", framework="numpy") as file:
+        tensors = {k.removeprefix("transformer."): file.get_tensor(k) for k in file.keys()}
+    assert "h.0.attn.c_attn.weight" in tensors
+    mask = {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}
+    write(tmp_path / "bare", OTHERS["gpt2"], tensors | mask)
+    assert equal(huggingface.load(tmp_path / "bare"), model)
+
+
+def test_every_parameter_of_a_causal_model_has_a_name():
+    family, _ = configs.family_of(FIELDS)
+    config = configs.config_from(FIELDS | FOUR | {"num_hidden_layers": 3})
     tree = jax.eval_shape(lambda key: transformer.init(config, key), jax.random.key(0)).weights
     paths = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
-    stored = [huggingface.stored_name(names, path) for path in paths]
+    stored = [families.stored_name(family, path) for path in paths]
     assert len(set(stored)) == len(paths) == 3 + 9 * 3
-    assert {re.sub(r"layer_\d+", "layer_{layer}", path) for path in paths} == set(names)

@@ -74,7 +74,7 @@ SHIFTS = {
     ("advantages.py", "last_token"),
     ("advantages.py", "extend_after_eos"),
     ("models/transformer.py", "positions"),
-    ("models/transformer.py", "rotate"),  # along the features
+    ("models/rope.py", "rotate"),  # along the features
 }
 
 
