@@ -1,19 +1,30 @@
 """Every family of models against transformers on torch: logits, greedy decoding, export, scores."""
 
 import dataclasses
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_huggingface import forward, left_padded, refused
+from test_huggingface import left_padded, refused
 
 from rlhf_jax import losses, sampling, sharding
 from rlhf_jax.models import families, heads, huggingface, transformer
 
 # save_pretrained reads config.json back without closing it (transformers 5.23).
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+# What is compiled here runs once: optimising it would be most of the time.
+compile_quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+init = compile_quickly(transformer.init, static_argnums=0)
+
+
+@compile_quickly
+def forward(model, tokens, attend):
+    return transformer.logits(model, transformer.hidden_states(model, tokens, attend))
+
 
 SMALL = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
              max_position_embeddings=32, intermediate_size=24)  # fmt: skip
@@ -133,7 +144,7 @@ def said(theirs, tokens, attend):
 
 
 def continued(model, tokens, attend, new, eos=39):
-    greedy = jax.jit(
+    greedy = compile_quickly(
         lambda model: sampling.sample(
             model,
             tokens,
@@ -290,7 +301,7 @@ SHAPE = transformer.Config(
 
 
 def made_here(shape=SHAPE):
-    return jax.jit(transformer.init, static_argnums=0)(shape, jax.random.key(0))
+    return init(shape, jax.random.key(0))
 
 
 def test_a_large_model_is_written_in_files_of_the_size_asked_for_with_an_index(tmp_path):
@@ -331,6 +342,10 @@ def test_fused_tensors_go_through_a_mesh_in_shards(case, tmp_path, transformers)
     whole = huggingface.load(tmp_path / "theirs")
     ours = huggingface.load(tmp_path / "theirs", mesh)
     jax.tree.map(np.testing.assert_array_equal, ours.weights, whole.weights)
+    tokens, attend = prompts()
+    with jax.set_mesh(mesh):
+        got = forward(ours, *sharding.put_rows(mesh, (tokens, attend)))
+    np.testing.assert_allclose(got, forward(whole, tokens, attend), atol=1e-4)
     kernel = ours.weights["layer_0"]["attention"]["query"]["kernel"]
     assert {x.data.size for x in kernel.addressable_shards} == {kernel.size // 4}
     huggingface.save(tmp_path / "ours", ours, like=tmp_path / "theirs")

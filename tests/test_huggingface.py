@@ -4,6 +4,7 @@ Other families and export are in test_families.py.
 """
 
 import contextlib
+import fnmatch
 import json
 import pathlib
 import subprocess
@@ -303,6 +304,102 @@ def test_the_dtype_asked_for_is_what_products_are_computed_in(tmp_path):
         huggingface.load(tmp_path, dtype="float16")
 
 
+def test_what_is_stored_as_bfloat16_holds_half_the_bytes_of_the_same_values(tmp_path):
+    write(tmp_path, tensors=random_tensors(ml_dtypes.bfloat16))
+    wide, half = huggingface.load(tmp_path), huggingface.load(tmp_path, store="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(half.weights)} == {jnp.dtype("bfloat16")}
+    jax.tree.map(np.testing.assert_array_equal, half.weights, wide.weights)
+    tokens = jnp.arange(6)[None]
+    got, want = (forward(model, tokens, jnp.ones_like(tokens)) for model in (half, wide))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    with refused("store='float16'", "'float32' or 'bfloat16'"):
+        huggingface.load(tmp_path, store="float16")
+
+
+LOAD_AND_MEASURE = """
+import sys, threading, time, jax
+from rlhf_jax import sharding
+from rlhf_jax.models import huggingface
+
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("RssAnon"))
+
+def device():
+    return sum(x.nbytes for x in jax.live_arrays())  # replicated ones are counted once
+
+def watch():
+    while not done:
+        # What is live is read first: in between it can only have grown.
+        peak[0] = max(peak[0], -device() + anonymous() - base)
+        time.sleep(0.005)
+
+mesh = sharding.make_mesh(fsdp=4, tensor=2)
+jax.block_until_ready(jax.device_put(0.0))
+base, peak, done = anonymous(), [0], False
+watcher = threading.Thread(target=watch)
+watcher.start()
+start = time.perf_counter()
+model = jax.block_until_ready(huggingface.load(sys.argv[1], mesh))
+seconds = time.perf_counter() - start
+done = True
+watcher.join()
+largest = max(x.nbytes for x in jax.tree.leaves(model.weights))
+print(peak[0] / largest, device() / 1e9, seconds)
+"""
+
+
+@pytest.mark.slow
+def test_loading_2_gb_over_eight_devices_needs_at_most_three_times_the_largest_tensor(tmp_path):
+    """Anonymous memory of the host beyond the device shards and what was there before."""
+    fields = FIELDS | dict(vocab_size=32000, hidden_size=2048, intermediate_size=8192)
+    fields |= dict(num_hidden_layers=6, num_attention_heads=16, num_key_value_heads=16)
+    config = configs.config_from(fields)
+    family, _ = configs.family_of(fields)
+    shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0))).weights
+    places, rng = {}, np.random.default_rng(0)
+    for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(shapes)):
+        name, file = families.stored_name(family, sharding.path_name(path)), f"{i}.safetensors"
+        shape = families.stored_shape(family, [sharding.path_name(path)], [leaf.shape])
+        save_file({name: rng.random(shape, np.float32)}, tmp_path / file)
+        places[name] = file
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    index = json.dumps({"weight_map": places})
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_MEASURE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
+    largest, size, seconds = map(float, done.stdout.split())
+    print(f"{size:.2f} GB in {seconds:.1f} s, host peak {largest:.2f} of the largest tensor")
+    assert size > 2 and largest < 3
+
+
+def test_a_name_on_the_hub_is_fetched_without_pickles_or_code_and_a_folder_is_itself(
+    tmp_path, monkeypatch
+):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(write(tmp_path / "fetched"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    folder = huggingface.fetch("org/name-1.5B")
+    huggingface.load(folder)
+    assert huggingface.fetch(folder) == folder and len(asked) == 1
+    name, patterns = asked[0]
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt"]
+    other = ["pytorch_model.bin", "modeling.py", "consolidated.safetensors", "tf_model.h5"]
+    allowed = lambda x: any(fnmatch.fnmatch(x, pattern) for pattern in patterns)  # noqa: E731
+    assert name == "org/name-1.5B" and all(map(allowed, wanted)) and not any(map(allowed, other))
+    with refused("absent", "no such folder", "org/name"):
+        huggingface.fetch("absent")
+
+
 def split(folder):
     """The folder's tensors over two files with an index; returns the index's record."""
     tensors = random_tensors()
@@ -358,7 +455,7 @@ def test_loading_imports_no_torch(tmp_path):
 
 
 def test_what_is_not_a_model_folder_is_refused(tmp_path):
-    with refused(tmp_path / "absent", "no such folder", "download it"):
+    with refused(tmp_path / "absent", "no such folder", "fetch('org/name')"):
         huggingface.load(tmp_path / "absent")
     with refused(tmp_path / "config.json", "no such file", "not a model folder"):
         huggingface.load(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -20,6 +21,23 @@ from rlhf_jax.models import configs, families, transformer
 
 PICKLED = re.compile(r"pytorch_model.*\.bin|.*\.(pt|pth|ckpt)")
 
+FETCHED = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-?????-of-?????.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+]
+
 DTYPES = ("F32", "BF16", "F16")  # safetensors' names of what converts to float32 without loss
 EXPORTED = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
 LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # of classifiers
@@ -33,13 +51,17 @@ class Stored(NamedTuple):
 
 
 def load(
-    folder: str | pathlib.Path, mesh: jax.sharding.Mesh | None = None, dtype: str = "float32"
+    folder: str | pathlib.Path,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str = "float32",
+    store: str = "float32",
 ) -> transformer.Model:
     """The language model or scorer in a transformers folder (`save_pretrained`).
 
-    Parameters become float32, whatever they are stored as; `dtype` ("float32" or "bfloat16") is
-    what products are computed in. With a mesh each tensor goes to its shards as it is read, so
-    that the host holds one tensor at a time and no device more than its part.
+    `store` ("float32" or "bfloat16") is what parameters become, whatever the files hold: float32
+    to train them, bfloat16 for half the memory of those that stay as they are. `dtype` (of the
+    same two) is what products are computed in. With a mesh each tensor goes to its shards as it is
+    read, so that the host holds one tensor at a time and no device more than its part.
     A `*ForSequenceClassification` of one label becomes a model with a scalar head of bias 0.
     There transformers scores the last token that is not `pad_token_id`, `heads.sequence_scores`
     the last that `attend` marks: with a padding that is also EOS these differ by a token.
@@ -47,6 +69,8 @@ def load(
     or setting that is not built, pickled weights, a damaged file, and for any tensor that is
     missing, not known, misshapen or of a type other than float32, bfloat16 and float16.
     """
+    if store not in ("float32", "bfloat16"):
+        raise ValueError(f"store={store!r} is not one to keep; use 'float32' or 'bfloat16'")
     folder = pathlib.Path(folder)
     fields = _fields_of(folder)
     config = configs.config_from(fields, str(folder / "config.json"), dtype)
@@ -73,19 +97,33 @@ def load(
             _check_tied(stored, family)
         for name, paths in groups.items():
             widths = [leaves[path].shape[-1] for path in paths]
-            tensor = stored[name].handle[:].astype(np.float32)
-            parts = families.split(family, paths, widths, config.num_heads, tensor)
-            for path, part in zip(paths, parts):
-                arrays[path] = _put(part, places[path])
+            cut = functools.partial(families.split, family, paths, widths, config.num_heads)
+            arrays |= _read(stored[name], cut, {path: places[path] for path in paths}, store)
     if classifier:
-        arrays["score/bias"] = _put(np.zeros((1,), np.float32), places["score/bias"])
+        arrays["score/bias"] = _put(np.zeros((1,), store), places["score/bias"])
     fill = lambda path, leaf: arrays[sharding.path_name(path)]  # noqa: E731
     return transformer.Model(config, jax.tree.map_with_path(fill, shapes))
 
 
+def fetch(name: str | pathlib.Path) -> pathlib.Path:
+    """A model's folder: `name` itself where it is one, else `org/name` from the Hugging Face hub.
+
+    Downloads configuration, safetensors and tokenizer files only: never pickles, never code.
+    """
+    if pathlib.Path(name).is_dir():
+        return pathlib.Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise ValueError(f"{name}: no such folder, and not the org/name of a model on the hub")
+    import huggingface_hub
+
+    return pathlib.Path(huggingface_hub.snapshot_download(str(name), allow_patterns=FETCHED))
+
+
 def _fields_of(folder: pathlib.Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; a model is a local folder, download it first")
+        raise ValueError(
+            f"{folder}: no such folder; a model is a local folder; fetch('org/name') downloads one"
+        )
     record = folder / "config.json"
     if not record.is_file():
         raise ValueError(f"{record}: no such file, so {folder} is not a model folder")
@@ -188,6 +226,12 @@ def _check_tied(stored, family):
             f"{head.file}: tensor {name} differs from the embedding, but "
             "config.json has tie_word_embeddings=true; set it to false to keep both"
         )
+
+
+def _read(stored, cut, places, store):
+    """Ours of one of their tensors; what the host held of it is free again on return."""
+    parts = cut(stored.handle[:].astype(store, copy=False))
+    return {path: _put(part, where) for part, (path, where) in zip(parts, places.items())}
 
 
 def _put(tensor: np.ndarray, where: jax.sharding.Sharding | None) -> jax.Array:
