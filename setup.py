@@ -19,6 +19,7 @@ setup(
         "array_record>=0.7",
         "grain>=0.2.10",
         "transformers>=4.57",
+        "huggingface_hub>=0.34",
         "tokenizers>=0.22",
         "jinja2>=3.1",
         "safetensors>=0.5",

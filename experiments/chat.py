@@ -26,7 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from rlhf_jax.data import chat as templates
 from rlhf_jax.data import tokenizers
+from rlhf_jax.data.schema import Message
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.launch import command
 from rlhf_jax.models import huggingface, transformer
@@ -92,19 +94,10 @@ def render(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
 
     By the tokenizer's chat template, or else the plain texts, a line for each turn of the user.
     """
-    template = tokenizer.settings.get("chat_template")
-    if template is None:
-        lines = [f"\n{m['content']}" if m["role"] == "user" else m["content"] for m in messages]
-        return tokenizer.encode_prompt("".join(lines).removeprefix("\n"))
-    from jinja2 import sandbox
-
-    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    specials = {name: tokenizer.settings.get(name) for name in ("bos_token", "eos_token")}
-    specials = {k: v["content"] if isinstance(v, dict) else v or "" for k, v in specials.items()}
-    text = environment.from_string(template).render(
-        messages=messages, add_generation_prompt=True, **specials
-    )
-    return tokenizer.encode(text)
+    if tokenizer.chat_template is not None:
+        return templates.prompt(tokenizer, [Message(m["role"], m["content"]) for m in messages])
+    lines = [f"\n{m['content']}" if m["role"] == "user" else m["content"] for m in messages]
+    return tokenizer.encode_prompt("".join(lines).removeprefix("\n"))
 
 
 # --------------------------------------------------------------------------------------- sampling

@@ -21,14 +21,17 @@ ROWS = ("data", "fsdp")
 # There is no catch-all row: a misspelt name must fail, not be silently replicated.
 RULES = (
     (r"embed/embedding$", P("tensor", "fsdp")),  # [V, D]
+    (r"embed/positions$", P(None, "fsdp")),  # [T, D]
     (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),  # [D, H * Dh] or [D, F]
     (r"(out|down)/kernel$", P("tensor", "fsdp")),  # [H * Dh, D] or [F, D]
+    (r"(query|key|value|gate|up)/bias$", P("tensor")),  # [H * Dh] or [F]
+    (r"(out|down)/bias$", P()),
     (r"head/kernel$", P("fsdp", "tensor")),  # [D, V]
     (r"lora_a$", P("fsdp", None)),  # [in, rank]
     (r"lora_b$", P(None, "fsdp")),  # [rank, out]
     (r"score/kernel$", P("fsdp", None)),  # [D, 1]
     (r"score/bias$", P()),
-    (r"norm\w*/scale$", P()),
+    (r"norm\w*/(scale|bias)$", P()),
 )
 
 

@@ -1,9 +1,12 @@
-"""Import of transformers' Llama folders: the numbers of a real model, of torch, and every error."""
+"""Import of transformers' folders: the numbers of a real Llama, of torch, and every error.
+
+Other families and export are in test_families.py.
+"""
 
 import contextlib
+import fnmatch
 import json
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -12,10 +15,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rlhf_jax import sampling, sharding
-from rlhf_jax.models import huggingface, transformer
+from rlhf_jax.models import configs, families, huggingface, transformer
 
 # A Llama of 1 layer, width 8: D = 8, V = 16, 2 query heads and 1 key/value head of 4, F = 12.
 FIELDS = {
@@ -245,17 +249,17 @@ def test_both_spellings_of_the_configuration_say_the_same():
         norm_eps=1e-5,
         tied=False,
     )
-    assert huggingface.config_from(FIELDS | FOUR) == want
-    assert huggingface.config_from(FIELDS | FIVE) == want
-    assert huggingface.config_from(FIELDS | FIVE, dtype="bfloat16").dtype == "bfloat16"
+    assert configs.config_from(FIELDS | FOUR) == want
+    assert configs.config_from(FIELDS | FIVE) == want
+    assert configs.config_from(FIELDS | FIVE, dtype="bfloat16").dtype == "bfloat16"
     old = FOUR | {"rope_scaling": {"type": "default"}}
-    assert huggingface.config_from(FIELDS | old) == want
+    assert configs.config_from(FIELDS | old) == want
 
 
 def test_what_a_configuration_leaves_out_has_the_default_of_transformers():
     optional = ("num_key_value_heads", "rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias")
     fields = {k: v for k, v in FIELDS.items() if k not in (*optional, "tie_word_embeddings")}
-    config = huggingface.config_from(fields | {"head_dim": None})
+    config = configs.config_from(fields | {"head_dim": None})
     assert (config.num_kv_heads, config.head_dim, config.norm_eps) == (2, 4, 1e-6)
     assert (config.rope_base, config.tied) == (10000.0, False)
 
@@ -298,6 +302,102 @@ def test_the_dtype_asked_for_is_what_products_are_computed_in(tmp_path):
     assert jax.eval_shape(transformer.hidden_states, model, tokens, tokens).dtype == jnp.bfloat16
     with refused("dtype='float16'", "'float32' or 'bfloat16'"):
         huggingface.load(tmp_path, dtype="float16")
+
+
+def test_what_is_stored_as_bfloat16_holds_half_the_bytes_of_the_same_values(tmp_path):
+    write(tmp_path, tensors=random_tensors(ml_dtypes.bfloat16))
+    wide, half = huggingface.load(tmp_path), huggingface.load(tmp_path, store="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(half.weights)} == {jnp.dtype("bfloat16")}
+    jax.tree.map(np.testing.assert_array_equal, half.weights, wide.weights)
+    tokens = jnp.arange(6)[None]
+    got, want = (forward(model, tokens, jnp.ones_like(tokens)) for model in (half, wide))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    with refused("store='float16'", "'float32' or 'bfloat16'"):
+        huggingface.load(tmp_path, store="float16")
+
+
+LOAD_AND_MEASURE = """
+import sys, threading, time, jax
+from rlhf_jax import sharding
+from rlhf_jax.models import huggingface
+
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("RssAnon"))
+
+def device():
+    return sum(x.nbytes for x in jax.live_arrays())  # replicated ones are counted once
+
+def watch():
+    while not done:
+        # What is live is read first: in between it can only have grown.
+        peak[0] = max(peak[0], -device() + anonymous() - base)
+        time.sleep(0.005)
+
+mesh = sharding.make_mesh(fsdp=4, tensor=2)
+jax.block_until_ready(jax.device_put(0.0))
+base, peak, done = anonymous(), [0], False
+watcher = threading.Thread(target=watch)
+watcher.start()
+start = time.perf_counter()
+model = jax.block_until_ready(huggingface.load(sys.argv[1], mesh))
+seconds = time.perf_counter() - start
+done = True
+watcher.join()
+largest = max(x.nbytes for x in jax.tree.leaves(model.weights))
+print(peak[0] / largest, device() / 1e9, seconds)
+"""
+
+
+@pytest.mark.slow
+def test_loading_2_gb_over_eight_devices_needs_at_most_three_times_the_largest_tensor(tmp_path):
+    """Anonymous memory of the host beyond the device shards and what was there before."""
+    fields = FIELDS | dict(vocab_size=32000, hidden_size=2048, intermediate_size=8192)
+    fields |= dict(num_hidden_layers=6, num_attention_heads=16, num_key_value_heads=16)
+    config = configs.config_from(fields)
+    family, _ = configs.family_of(fields)
+    shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0))).weights
+    places, rng = {}, np.random.default_rng(0)
+    for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(shapes)):
+        name, file = families.stored_name(family, sharding.path_name(path)), f"{i}.safetensors"
+        shape = families.stored_shape(family, [sharding.path_name(path)], [leaf.shape])
+        save_file({name: rng.random(shape, np.float32)}, tmp_path / file)
+        places[name] = file
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    index = json.dumps({"weight_map": places})
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_MEASURE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
+    largest, size, seconds = map(float, done.stdout.split())
+    print(f"{size:.2f} GB in {seconds:.1f} s, host peak {largest:.2f} of the largest tensor")
+    assert size > 2 and largest < 3
+
+
+def test_a_name_on_the_hub_is_fetched_without_pickles_or_code_and_a_folder_is_itself(
+    tmp_path, monkeypatch
+):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(write(tmp_path / "fetched"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    folder = huggingface.fetch("org/name-1.5B")
+    huggingface.load(folder)
+    assert huggingface.fetch(folder) == folder and len(asked) == 1
+    name, patterns = asked[0]
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt"]
+    other = ["pytorch_model.bin", "modeling.py", "consolidated.safetensors", "tf_model.h5"]
+    allowed = lambda x: any(fnmatch.fnmatch(x, pattern) for pattern in patterns)  # noqa: E731
+    assert name == "org/name-1.5B" and all(map(allowed, wanted)) and not any(map(allowed, other))
+    with refused("absent", "no such folder", "org/name"):
+        huggingface.fetch("absent")
 
 
 def split(folder):
@@ -355,7 +455,7 @@ def test_loading_imports_no_torch(tmp_path):
 
 
 def test_what_is_not_a_model_folder_is_refused(tmp_path):
-    with refused(tmp_path / "absent", "no such folder", "download it"):
+    with refused(tmp_path / "absent", "no such folder", "fetch('org/name')"):
         huggingface.load(tmp_path / "absent")
     with refused(tmp_path / "config.json", "no such file", "not a model folder"):
         huggingface.load(tmp_path)
@@ -375,21 +475,35 @@ def test_pickled_weights_are_refused_with_the_remedy(tmp_path):
     "change, parts",
     [
         (
-            {"architectures": ["GPT2LMHeadModel"]},
-            ["GPT2LMHeadModel", "these are: LlamaForCausalLM"],
+            {"architectures": ["BertForMaskedLM"]},
+            ["BertForMaskedLM", "these are: LlamaForCausalLM", "OPTForSequenceClassification"],
         ),
         ({"architectures": None}, ["architectures=None"]),
         ({"architectures": []}, ["architectures=[]"]),
-        ({"attention_bias": True}, ["attention_bias=True", "only False"]),
-        ({"mlp_bias": True}, ["mlp_bias=True", "only False"]),
-        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "only 'silu'"]),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, ["mixture of experts, none of which"]),
+        ({"architectures": ["MixtralForCausalLM"]}, ["mixture of experts, none of which"]),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            ["num_labels=2", "only 1, a score"],
+        ),
+        ({"hidden_act": "glu"}, ["hidden_act='glu'", "these are: silu, swish, gelu"]),
         ({"sliding_window": 4096}, ["sliding_window=4096"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config={'bits': 4}"]),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "'linear'"]),
-        ({"rope_scaling": {"rope_type": "llama3"}}, ["rope_scaling", "'llama3'"]),
+        ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor=None must be a positive"]),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            ["rope_scaling.low_freq_factor=None must be a positive number"],
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}},
+            ["rope_scaling.short_factor must be a list of 2 numbers"],
+        ),
         ({"rope_scaling": "linear"}, ["rope_scaling='linear' must be an object"]),
-        ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters", "'yarn'"]),
+        (
+            {"rope_parameters": {"rope_type": "axial"}},
+            ["rope_parameters has rope_type='axial'", "default, linear, dynamic, llama3, yarn"],
+        ),
         (
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
             ["rope_parameters", "partial_rotary_factor=0.25"],
@@ -407,7 +521,7 @@ def test_pickled_weights_are_refused_with_the_remedy(tmp_path):
 )
 def test_a_configuration_that_is_not_built_is_refused_by_field(change, parts):
     with refused("folder/config.json: ", *parts):
-        huggingface.config_from(FIELDS | FOUR | change, "folder/config.json")
+        configs.config_from(FIELDS | FOUR | change, "folder/config.json")
 
 
 @pytest.mark.parametrize(
@@ -477,11 +591,57 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
         huggingface.load(tmp_path)
 
 
-def test_every_parameter_of_a_causal_model_has_a_name_and_every_name_a_parameter():
-    names = huggingface.NAMES["LlamaForCausalLM"]
-    config = huggingface.config_from(FIELDS | FOUR | {"num_hidden_layers": 3})
+OTHERS = {
+    "gpt2": dict(architectures=["GPT2LMHeadModel"], vocab_size=16, n_embd=8, n_layer=1, n_head=2),
+    "opt": FIELDS | dict(architectures=["OPTForCausalLM"], ffn_dim=12, max_position_embeddings=32),
+    "gemma2": FIELDS | dict(architectures=["Gemma2ForCausalLM"]),
+    "gemma3": FIELDS | dict(architectures=["Gemma3ForCausalLM"]),
+    "neox": FIELDS | dict(architectures=["GPTNeoXForCausalLM"], rotary_pct=0.5),
+}
+
+
+@pytest.mark.parametrize(
+    "name, change, parts",
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["only False"]),
+        ("gpt2", {"scale_attn_weights": False}, ["only True"]),
+        ("opt", {"do_layer_norm_before": False}, ["do_layer_norm_before=False", "only True"]),
+        ("opt", {"word_embed_proj_dim": 4}, ["word_embed_proj_dim=4", "only hidden_size"]),
+        ("gemma2", {"use_bidirectional_attention": True}, ["only False"]),
+        ("gemma2", {"layer_types": ["chunked"]}, ["layer_types must name full_attention or"]),
+        ("gemma2", {"final_logit_softcapping": 0}, ["must be a positive number"]),
+        (
+            "gemma3",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}},
+            ["sliding_attention is scaled"],
+        ),
+        ("neox", {"rotary_pct": 0.75}, ["rotary_pct=0.75 of 4 is odd"]),
+    ],
+    ids=str,
+)
+def test_a_setting_of_another_family_that_is_not_built_is_refused_by_field(name, change, parts):
+    with refused("config.json: ", *change, *parts):
+        configs.config_from(OTHERS[name] | change)
+    configs.config_from(OTHERS[name])
+
+
+def test_tensors_of_a_trunk_alone_are_found_without_their_prefix(tmp_path):
+    """As in the first GPT-2 files, which also hold their masks."""
+    config = configs.config_from(OTHERS["gpt2"])
+    model = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
+    huggingface.save(tmp_path / "named", model)
+    with safe_open(tmp_path / "named" / "model.safetensors", framework="numpy") as file:
+        tensors = {k.removeprefix("transformer."): file.get_tensor(k) for k in file.keys()}
+    assert "h.0.attn.c_attn.weight" in tensors
+    mask = {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}
+    write(tmp_path / "bare", OTHERS["gpt2"], tensors | mask)
+    assert equal(huggingface.load(tmp_path / "bare"), model)
+
+
+def test_every_parameter_of_a_causal_model_has_a_name():
+    family, _ = configs.family_of(FIELDS)
+    config = configs.config_from(FIELDS | FOUR | {"num_hidden_layers": 3})
     tree = jax.eval_shape(lambda key: transformer.init(config, key), jax.random.key(0)).weights
     paths = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
-    stored = [huggingface.stored_name(names, path) for path in paths]
+    stored = [families.stored_name(family, path) for path in paths]
     assert len(set(stored)) == len(paths) == 3 + 9 * 3
-    assert {re.sub(r"layer_\d+", "layer_{layer}", path) for path in paths} == set(names)

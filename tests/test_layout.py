@@ -66,7 +66,15 @@ GRADIENTS = {
     "hessian",
 }
 # Only loaded by the functions that need them, so that `import rlhf_jax` stays quick.
-LAZY = {"transformers", "tensorflow_datasets", "matplotlib", "grain", "sacrebleu", "rouge_score"}
+LAZY = {
+    "transformers",
+    "huggingface_hub",
+    "tensorflow_datasets",
+    "matplotlib",
+    "grain",
+    "sacrebleu",
+    "rouge_score",
+}
 NEVER = {"tensorflow", "torch"}
 # Shifts of masks by one column. What a model says is shifted by `losses.align` alone.
 SHIFTS = {
@@ -74,7 +82,7 @@ SHIFTS = {
     ("advantages.py", "last_token"),
     ("advantages.py", "extend_after_eos"),
     ("models/transformer.py", "positions"),
-    ("models/transformer.py", "rotate"),  # along the features
+    ("models/rope.py", "rotate"),  # along the features
 }
 
 

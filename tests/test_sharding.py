@@ -42,9 +42,16 @@ def init_train_state(key):
     return state.init_state(state.make_optimizer(OPTIMIZER, 10), models)
 
 
+def make_other(key):
+    options = {"norm": "layer", "positions": "learned", "qk_norm": True}
+    biases = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
+    return transformer.init(dataclasses.replace(CONFIG, **options, **biases), key)
+
+
 KINDS = {
     "untied": init,
     "tied": functools.partial(init, tied=True),
+    "every option": make_other,
     "scorer": make_scorer,
     "train state": init_train_state,
 }
@@ -93,7 +100,7 @@ def test_optimizer_moments_live_where_their_parameter_does(shapes):
     [
         "weights/layer_0/attention/qeury/kernel",
         "weights/layer_0/attention/query/kernels",
-        "weights/layer_0/attention/query/bias",
+        "weights/layer_0/attention/query/biases",
         "weights/layer_0/mlp_nrom/scale",
         "weights/embedding",
         "weights/anything",

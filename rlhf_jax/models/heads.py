@@ -45,7 +45,11 @@ def token_logprobs(
     """
     first = max(start, 1) - 1
     logprobs, entropy = losses.chunked_token_logprobs(
-        hidden[:, first:], transformer.unembedding(model), tokens[:, first:], temperature
+        hidden[:, first:],
+        transformer.unembedding(model),
+        tokens[:, first:],
+        temperature,
+        model.config.logit_softcap,
     )
     widen = lambda x: jnp.pad(x, ((0, 0), (first, 0)))  # noqa: E731
     return widen(logprobs), widen(entropy)

@@ -1,58 +1,46 @@
-"""Models in transformers' folders, read without torch: `config.json` and safetensors files."""
+"""Models in transformers' folders, read and written without torch: `config.json`, safetensors."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
-import math
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+import safetensors.numpy
 
 from rlhf_jax import sharding
-from rlhf_jax.models import transformer
-
-# Their name of each of our tensors, by architecture; "{layer}" stands for the layer's number. The
-# one table there is: whoever reads or writes these folders goes through `stored_name`.
-NAMES = {
-    "LlamaForCausalLM": {
-        "embed/embedding": "model.embed_tokens.weight",
-        "layer_{layer}/attention_norm/scale": "model.layers.{layer}.input_layernorm.weight",
-        "layer_{layer}/attention/query/kernel": "model.layers.{layer}.self_attn.q_proj.weight",
-        "layer_{layer}/attention/key/kernel": "model.layers.{layer}.self_attn.k_proj.weight",
-        "layer_{layer}/attention/value/kernel": "model.layers.{layer}.self_attn.v_proj.weight",
-        "layer_{layer}/attention/out/kernel": "model.layers.{layer}.self_attn.o_proj.weight",
-        "layer_{layer}/mlp_norm/scale": "model.layers.{layer}.post_attention_layernorm.weight",
-        "layer_{layer}/mlp/gate/kernel": "model.layers.{layer}.mlp.gate_proj.weight",
-        "layer_{layer}/mlp/up/kernel": "model.layers.{layer}.mlp.up_proj.weight",
-        "layer_{layer}/mlp/down/kernel": "model.layers.{layer}.mlp.down_proj.weight",
-        "norm/scale": "model.norm.weight",
-        "head/kernel": "lm_head.weight",
-    },
-}
-
-# Buffers that old checkpoints stored; they follow from the configuration.
-IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+from rlhf_jax.models import configs, families, transformer
 
 PICKLED = re.compile(r"pytorch_model.*\.bin|.*\.(pt|pth|ckpt)")
 
-DTYPES = ("F32", "BF16", "F16")  # safetensors' names of what converts to float32 without loss
+FETCHED = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-?????-of-?????.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+]
 
-# Fields that change the model in a way that is not built, and the values that leave it alone.
-PLAIN = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,),
-}
+DTYPES = ("F32", "BF16", "F16")  # safetensors' names of what converts to float32 without loss
+EXPORTED = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
+LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # of classifiers
 
 
 class Stored(NamedTuple):
@@ -63,141 +51,94 @@ class Stored(NamedTuple):
 
 
 def load(
-    folder: str | pathlib.Path, mesh: jax.sharding.Mesh | None = None, dtype: str = "float32"
+    folder: str | pathlib.Path,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str = "float32",
+    store: str = "float32",
 ) -> transformer.Model:
-    """The causal language model in a transformers folder (`save_pretrained`).
+    """The language model or scorer in a transformers folder (`save_pretrained`).
 
-    Parameters become float32, whatever they are stored as; `dtype` ("float32" or "bfloat16") is
-    what products are computed in. With a mesh each tensor goes to its shards as it is read, so
-    that the host holds one tensor at a time and no device more than its part.
+    `store` ("float32" or "bfloat16") is what parameters become, whatever the files hold: float32
+    to train them, bfloat16 for half the memory of those that stay as they are. `dtype` (of the
+    same two) is what products are computed in. With a mesh each tensor goes to its shards as it is
+    read, so that the host holds one tensor at a time and no device more than its part.
+    A `*ForSequenceClassification` of one label becomes a model with a scalar head of bias 0.
+    There transformers scores the last token that is not `pad_token_id`, `heads.sequence_scores`
+    the last that `attend` marks: with a padding that is also EOS these differ by a token.
     Raises ValueError, naming file and tensor, for a folder that is not a model's, an architecture
     or setting that is not built, pickled weights, a damaged file, and for any tensor that is
     missing, not known, misshapen or of a type other than float32, bfloat16 and float16.
     """
+    if store not in ("float32", "bfloat16"):
+        raise ValueError(f"store={store!r} is not one to keep; use 'float32' or 'bfloat16'")
     folder = pathlib.Path(folder)
+    fields = _fields_of(folder)
+    config = configs.config_from(fields, str(folder / "config.json"), dtype)
+    family, classifier = configs.family_of(fields)
+
+    def fresh(key):
+        model = transformer.init(config, key)
+        if classifier:
+            model = transformer.with_score_head(transformer.without_lm_head(model), None)
+        return model.weights
+
+    shapes = jax.eval_shape(fresh, jax.random.key(0))
+    leaves = {sharding.path_name(path): x for path, x in jax.tree.leaves_with_path(shapes)}
+    places = dict.fromkeys(leaves)
+    if mesh is not None:
+        wanted = jax.tree.leaves_with_path(sharding.tree(mesh, shapes))
+        places = {sharding.path_name(path): x for path, x in wanted}
+    arrays = {}
+    with contextlib.ExitStack() as stack:
+        stored = _named_as(family, _open(folder, stack))
+        groups = families.groups(family, list(leaves))
+        _check(folder, stored, family, groups, leaves)
+        if config.tied and not classifier:
+            _check_tied(stored, family)
+        for name, paths in groups.items():
+            widths = [leaves[path].shape[-1] for path in paths]
+            cut = functools.partial(families.split, family, paths, widths, config.num_heads)
+            arrays |= _read(stored[name], cut, {path: places[path] for path in paths}, store)
+    if classifier:
+        arrays["score/bias"] = _put(np.zeros((1,), store), places["score/bias"])
+    fill = lambda path, leaf: arrays[sharding.path_name(path)]  # noqa: E731
+    return transformer.Model(config, jax.tree.map_with_path(fill, shapes))
+
+
+def fetch(name: str | pathlib.Path) -> pathlib.Path:
+    """A model's folder: `name` itself where it is one, else `org/name` from the Hugging Face hub.
+
+    Downloads configuration, safetensors and tokenizer files only: never pickles, never code.
+    """
+    if pathlib.Path(name).is_dir():
+        return pathlib.Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise ValueError(f"{name}: no such folder, and not the org/name of a model on the hub")
+    import huggingface_hub
+
+    return pathlib.Path(huggingface_hub.snapshot_download(str(name), allow_patterns=FETCHED))
+
+
+def _fields_of(folder: pathlib.Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; a model is a local folder, download it first")
+        raise ValueError(
+            f"{folder}: no such folder; a model is a local folder; fetch('org/name') downloads one"
+        )
     record = folder / "config.json"
     if not record.is_file():
         raise ValueError(f"{record}: no such file, so {folder} is not a model folder")
-    fields = _read_json(record)
-    config = config_from(fields, str(record), dtype)
-    names = NAMES[fields["architectures"][0]]
-    shapes = jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0)).weights
-    with contextlib.ExitStack() as stack:
-        stored = _open(folder, stack)
-        _check(folder, stored, names, shapes)
-        if config.tied:
-            _check_tied(stored, names)
-
-        trees = (shapes,) if mesh is None else (shapes, sharding.tree(mesh, shapes))
-
-        def read(path, leaf, where=None):
-            ours = sharding.path_name(path)
-            return _read(stored[stored_name(names, ours)], ours, where)
-
-        return transformer.Model(config, jax.tree.map_with_path(read, *trees))
+    return _read_json(record)
 
 
-def stored_name(names: dict[str, str], path: str) -> str:
-    """Their name of our tensor: "layer_3/mlp/up/kernel" -> "model.layers.3.mlp.up_proj.weight"."""
-    layer = re.match(r"layer_(\d+)/", path)
-    if layer is None:
-        return names[path]
-    return names["layer_{layer}/" + path[layer.end() :]].format(layer=layer[1])
-
-
-def config_from(
-    fields: dict[str, Any], file: str = "config.json", dtype: str = "float32"
-) -> transformer.Config:
-    """A transformers configuration (the parsed `config.json`) as ours.
-
-    Reads both spellings: `rope_theta` and `rope_scaling` (transformers 4), `rope_parameters` (5).
-    What may be absent has LlamaConfig's default. `torch_dtype`/`dtype` is not read: it says how
-    the tensors are stored, which they say themselves; `dtype` here is what to compute in. Raises
-    ValueError naming `file` and the field.
-    """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype={dtype!r} is not one to compute in; use 'float32' or 'bfloat16'")
-    architectures = fields.get("architectures")
-    if architectures not in [[name] for name in NAMES]:
-        raise ValueError(
-            f"{file}: architectures={architectures} is not supported; these are: {', '.join(NAMES)}"
-        )
-    for name, values in PLAIN.items():
-        if name in fields and fields[name] not in values:
-            raise ValueError(
-                f"{file}: {name}={fields[name]!r} is not supported; only {values[0]!r} is"
-            )
-    num_heads = _whole(fields, "num_attention_heads", file)
-    d_model = _whole(fields, "hidden_size", file)
-    config = transformer.Config(
-        vocab_size=_whole(fields, "vocab_size", file),
-        num_layers=_whole(fields, "num_hidden_layers", file),
-        d_model=d_model,
-        num_heads=num_heads,
-        num_kv_heads=_whole(fields, "num_key_value_heads", file, num_heads),
-        head_dim=_whole(fields, "head_dim", file, d_model // num_heads),
-        d_ff=_whole(fields, "intermediate_size", file),
-        max_length=_whole(fields, "max_position_embeddings", file),
-        rope_base=_rope_base(fields, file),
-        norm_eps=_real("rms_norm_eps", fields.get("rms_norm_eps", 1e-6), file),
-        tied=_switch(fields, "tie_word_embeddings", file),
-        dtype=dtype,
-    )
-    if config.num_heads % config.num_kv_heads:
-        raise ValueError(
-            f"{file}: num_attention_heads={num_heads} is not a multiple of "
-            f"num_key_value_heads={config.num_kv_heads}"
-        )
-    if config.head_dim % 2:
-        raise ValueError(f"{file}: head_dim={config.head_dim} is odd; rotary positions need pairs")
-    return config
-
-
-def _whole(fields, name, file, default=None):
-    """A positive integer field; absent or null means `default`, and an error where that is None."""
-    value = fields.get(name)
-    if value is None:
-        if default is None:
-            raise ValueError(f"{file}: {name} is missing; is this a language model's config.json?")
-        return default
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{file}: {name}={value!r} must be a whole number of at least 1")
-    return value
-
-
-def _switch(fields, name, file):
-    """A true-or-false field; absent or null means false."""
-    value = fields.get(name)
-    if value not in (True, False, None):
-        raise ValueError(f"{file}: {name}={value!r} must be true or false")
-    return bool(value)
-
-
-def _real(name, value, file):
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{file}: {name}={value!r} must be a positive number")
-    return float(value)
-
-
-def _rope_base(fields, file):
-    """The base of the rotary frequencies; refuses anything that rescales them."""
-    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
-    rope = fields.get(name) or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{file}: {name}={rope!r} must be an object or null")
-    kind = rope.get("rope_type", rope.get("type", "default"))  # "type": transformers before 4.43
-    if kind != "default":
-        raise ValueError(
-            f"{file}: {name} has rope_type={kind!r}, which is not supported; only 'default' is"
-        )
-    factor = rope.get("partial_rotary_factor", 1.0)
-    if factor != 1.0:
-        raise ValueError(
-            f"{file}: {name} has partial_rotary_factor={factor}, which is not supported; only 1 is"
-        )
-    return _real("rope_theta", rope.get("rope_theta", fields.get("rope_theta", 10000.0)), file)
+def _named_as(family, stored):
+    """Tensors under the names of a whole model: some files hold a trunk alone, without its prefix,
+    and transformers 5 calls every head lm_head."""
+    prefix = family.modules["embed"].split(".")[0] + "."
+    if not any(name.startswith(prefix) for name in stored):
+        heads = tuple(family.modules[x] for x in ("head", "score"))
+        stored = {k if k.startswith(heads) else prefix + k: v for k, v in stored.items()}
+    head = family.modules["head"] + ".weight"
+    return {head if name == "lm_head.weight" else name: x for name, x in stored.items()}
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -249,17 +190,14 @@ def _open_file(file, stack):
     return {name: Stored(file, opened.get_slice(name)) for name in opened.keys()}
 
 
-def _check(folder, stored, names, shapes):
+def _check(folder, stored, family, groups, leaves):
     """Raises ValueError unless the folder holds exactly the model's tensors, well shaped."""
-    known = set()
-    for path, leaf in jax.tree.leaves_with_path(shapes):
-        ours = sharding.path_name(path)
-        name = stored_name(names, ours)
-        known.add(name)
+    for name, paths in groups.items():
         if name not in stored:
             raise ValueError(f"{folder}: tensor {name} is missing; config.json asks for it")
         file, handle = stored[name]
-        shape, wanted = tuple(handle.get_shape()), leaf.shape[:: -1 if _turned(ours) else 1]
+        shape = tuple(handle.get_shape())
+        wanted = families.stored_shape(family, paths, [leaves[path].shape for path in paths])
         if shape != wanted:
             raise ValueError(
                 f"{file}: tensor {name} has shape {shape}, but config.json makes it {wanted}"
@@ -270,35 +208,155 @@ def _check(folder, stored, names, shapes):
                 f"convert it to one of {', '.join(DTYPES)}"
             )
     # A copy of the embedding under the head's name is harmless: `_check_tied` compares them.
-    known.add(names["head/kernel"])
+    known = {*groups, families.stored_name(family, "head/kernel")}
     for name in sorted(stored.keys() - known):
-        if not IGNORED.fullmatch(name):
+        if not re.fullmatch(family.ignored, name):
             raise ValueError(
                 f"{stored[name].file}: tensor {name} is not part of the model that config.json "
                 "describes; remove it or correct config.json"
             )
 
 
-def _check_tied(stored, names):
+def _check_tied(stored, family):
     """A tied model may store its head as well, but then it must be the embedding."""
-    head, embedding = (stored.get(names[k]) for k in ("head/kernel", "embed/embedding"))
+    name = families.stored_name(family, "head/kernel")
+    head, embedding = stored.get(name), stored[families.stored_name(family, "embed/embedding")]
     if head is not None and not np.array_equal(head.handle[:], embedding.handle[:]):
         raise ValueError(
-            f"{head.file}: tensor {names['head/kernel']} differs from the embedding, but "
+            f"{head.file}: tensor {name} differs from the embedding, but "
             "config.json has tie_word_embeddings=true; set it to false to keep both"
         )
 
 
-def _turned(path: str) -> bool:
-    """Kernels are [in, out] here and [out, in] there."""
-    return path.endswith("/kernel")
+def _read(stored, cut, places, store):
+    """Ours of one of their tensors; what the host held of it is free again on return."""
+    parts = cut(stored.handle[:].astype(store, copy=False))
+    return {path: _put(part, where) for part, (path, where) in zip(parts, places.items())}
 
 
-def _read(stored: Stored, path: str, where: jax.sharding.Sharding | None) -> jax.Array:
-    tensor = stored.handle[:].astype(np.float32)
-    if _turned(path):
-        tensor = tensor.T
+def _put(tensor: np.ndarray, where: jax.sharding.Sharding | None) -> jax.Array:
     if where is None:
         return jnp.asarray(tensor)
     # By shards, not by device_put, which on several hosts would first compare whole tensors.
     return jax.make_array_from_callback(tensor.shape, where, lambda index: tensor[index])
+
+
+def save(
+    folder: str | pathlib.Path,
+    model: transformer.Model,
+    *,
+    like: str | pathlib.Path | dict[str, Any] | None = None,
+    head: Literal["lm", "score"] | None = None,
+    dtype: str | None = None,
+    fields: dict[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes the model as transformers' `from_pretrained` reads it: config.json and safetensors.
+
+    `like`: the folder the model came from, or its parsed config.json; without it the family is
+    the first that can say all of the model's options (a plain one becomes a Llama). `fields` are
+    set in config.json on top of that: say there what token ids a model made here uses, e.g.
+    `{"eos_token_id": 1, "pad_token_id": 0}`. `head`: which head to write, where a model has both
+    that of the language and the scalar one ("score": a `*ForSequenceClassification` of one label).
+    `dtype` is "float32", "bfloat16" or "float16"; None means that of `like`, else float32. One
+    file of at most `max_shard_bytes` is in memory at a time; several files get an index.
+
+    Raises ValueError if the folder holds a model already, `like` describes another one, the head
+    is missing or ambiguous, or a scalar head cannot be said there: transformers has no bias, and
+    finds the last token by `pad_token_id`, which must be set and not be an EOS id.
+    """
+    folder = pathlib.Path(folder)
+    head = _which_head(model, head)
+    record = _export_fields(model, like, head == "score", fields)
+    family, _ = configs.family_of(record)
+    spelled = "dtype" if "dtype" in record else "torch_dtype"
+    dtype = dtype or record.get(spelled) or "float32"
+    if dtype not in EXPORTED:
+        raise ValueError(f"dtype={dtype!r} cannot be written; use one of {', '.join(EXPORTED)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("*.safetensors*")) or (folder / "config.json").exists():
+        raise ValueError(f"{folder}: holds a model already; choose another folder or remove it")
+    _write_tensors(folder, model, family, head, EXPORTED[dtype], max_shard_bytes)
+    _write_json(folder / "config.json", record | {spelled: dtype})
+    if head == "lm" and isinstance(like, str | pathlib.Path):
+        generation = pathlib.Path(like) / "generation_config.json"
+        if generation.is_file():
+            _write_json(folder / generation.name, _read_json(generation))
+
+
+def _which_head(model, head):
+    has = {"lm": model.config.tied or "head" in model.weights, "score": "score" in model.weights}
+    if head is None and all(has.values()):
+        raise ValueError("the model has a language head and a scalar one: say head='lm' or 'score'")
+    head = head or ("score" if has["score"] else "lm")
+    if not has[head]:
+        raise ValueError(f"head={head!r}: the model has none of that kind")
+    bias = np.asarray(model.weights["score"]["bias"]) if head == "score" else 0
+    if np.any(bias):
+        raise ValueError(
+            f"the scalar head's bias is {float(bias[0]):.6g}, and transformers' classifiers have "
+            "none; export transformer.without_score_bias(model): all scores shift alike"
+        )
+    return head
+
+
+def _export_fields(model, like, classifier, extra):
+    if like is None:
+        record = configs.fields_from(model.config, classifier)
+        # Llama's own token ids would be wrong for another tokenizer.
+        record |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    else:
+        record = like if isinstance(like, dict) else _fields_of(pathlib.Path(like))
+        described = configs.config_from(record, "like", model.config.dtype)
+        if described != model.config:
+            ours, theirs = dataclasses.asdict(model.config), dataclasses.asdict(described)
+            other = ", ".join(f"{k}={ours[k]!r}" for k in ours if ours[k] != theirs[k])
+            raise ValueError(f"like: describes another model; this one has {other}")
+        family, _ = configs.family_of(record)
+        record = {k: v for k, v in record.items() if k not in LABELS}
+        record["architectures"] = [family.classifier if classifier else family.causal]
+        record |= configs.ONE_LABEL if classifier else {}
+    record |= extra or {}
+    pad, eos = record.get("pad_token_id"), record.get("eos_token_id")
+    if classifier and (pad is None or pad in (eos if isinstance(eos, list) else [eos])):
+        raise ValueError(
+            f"pad_token_id={pad}, eos_token_id={eos}: transformers scores the last token that is "
+            "not padding, so pad_token_id must be an id that ends no text; set it in fields"
+        )
+    return record
+
+
+def _write_tensors(folder, model, family, head, dtype, max_shard_bytes):
+    """The tensors in files of at most `max_shard_bytes`, one file gathered at a time."""
+    left_out = {"lm": "score", "score": "head"}[head]
+    weights = {k: v for k, v in model.weights.items() if k != left_out}
+    leaves = {sharding.path_name(path): x for path, x in jax.tree.leaves_with_path(weights)}
+    files, room = [], 0
+    for name, paths in families.groups(family, list(leaves)).items():
+        size = sum(leaves[path].size for path in paths) * dtype.itemsize
+        if size > room:
+            files.append({})
+            room = max_shard_bytes
+        files[-1][name] = paths
+        room -= size
+
+    def tensor(paths):
+        parts = [np.asarray(leaves[path]).astype(dtype) for path in paths]
+        return np.ascontiguousarray(families.join(family, paths, model.config.num_heads, parts))
+
+    places, total = {}, 0
+    for i, file in enumerate(files, start=1):
+        name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        if len(files) == 1:
+            name = "model.safetensors"
+        tensors = {key: tensor(paths) for key, paths in file.items()}
+        safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, name)
+        total += sum(x.nbytes for x in tensors.values())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_json(file, record):
+    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

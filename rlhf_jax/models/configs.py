@@ -1,0 +1,303 @@
+"""Configurations of transformers (`config.json`) as ours, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import typing
+from typing import Any
+
+from rlhf_jax.models import families, rope, transformer
+
+ONE_LABEL = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+MIXTURES = re.compile(r"MoE|Moe|Mixtral|Dbrx|Deepseek|GptOss|Jamba|Llama4|Grok|Arctic|Ernie4_5_")
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+WRITTEN_ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
+
+
+def family_of(fields: dict[str, Any], file: str = "config.json") -> tuple[families.Family, bool]:
+    """The family of a configuration, and whether it is a classifier; refuses what is not built."""
+    names = fields.get("architectures")
+    for family in families.FAMILIES:
+        if names in ([family.causal], [family.classifier]):
+            return family, names == [family.classifier]
+    known = [x for family in families.FAMILIES for x in (family.causal, family.classifier)]
+    mixture = isinstance(names, list) and any(MIXTURES.search(str(name)) for name in names)
+    why = " (a mixture of experts, none of which is built)" if mixture else ""
+    raise ValueError(
+        f"{file}: architectures={names} is not supported{why}; these are: {', '.join(known)}"
+    )
+
+
+def config_from(
+    fields: dict[str, Any], file: str = "config.json", dtype: str = "float32"
+) -> transformer.Config:
+    """A transformers configuration (the parsed `config.json`) as ours.
+
+    Reads both spellings: `rope_theta` and `rope_scaling` (transformers 4), `rope_parameters` (5).
+    What may be absent has the default of the family's configuration there. `torch_dtype`/`dtype`
+    is not read: it says how the tensors are stored, which they say themselves; `dtype` here is
+    what to compute in. Raises ValueError naming `file` and the field.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r} is not one to compute in; use 'float32' or 'bfloat16'")
+    family, classifier = family_of(fields, file)
+    _refuse(family, fields, classifier, file)
+    hints = typing.get_type_hints(transformer.Config)
+    values = dict(family.fixed)
+    for ours, theirs in family.fields.items():
+        values[ours] = _value(hints[ours], fields, theirs, family.defaults, file)
+    heads, width = values["num_heads"], values["d_model"]
+    values["num_kv_heads"] = values.get("num_kv_heads") or heads
+    values["head_dim"] = values.get("head_dim") or width // heads
+    values["d_ff"] = values["d_ff"] or 4 * width
+    if heads % values["num_kv_heads"]:
+        raise ValueError(
+            f"{file}: num_attention_heads={heads} is not a multiple of "
+            f"num_key_value_heads={values['num_kv_heads']}"
+        )
+    if values.get("positions") != "learned":
+        values |= _rope(family, fields, values, file)
+    values |= _window(family, fields, values, file)
+    return transformer.Config(**values, dtype=dtype)
+
+
+def _refuse(family, fields, classifier, file):
+    """Settings that change the model in a way that is not built."""
+    for name, values in (family.plain | {"quantization_config": (None,)}).items():
+        if name in fields and fields[name] not in values:
+            raise ValueError(
+                f"{file}: {name}={fields[name]!r} is not supported; only {values[0]!r} is"
+            )
+    projected = fields.get("word_embed_proj_dim")
+    if family.model_type == "opt" and projected not in (None, fields.get("hidden_size")):
+        raise ValueError(
+            f"{file}: word_embed_proj_dim={projected!r} is not supported; only hidden_size is"
+        )
+    labels = len(fields.get("id2label") or "12")  # two, where transformers writes none
+    if classifier and (labels := fields.get("num_labels", labels)) != 1:
+        raise ValueError(
+            f"{file}: a classifier of num_labels={labels} is not supported; only 1, a score, is"
+        )
+
+
+def _value(hint, fields, name, defaults, file):
+    """One field as our option of that type; absent means its default, as null does but for
+    options that null switches off."""
+    if hint == int | None or hint == float | None:
+        value = fields.get(name, defaults.get(name))
+        if value is None:
+            return None
+        return (whole if hint == int | None else real)(name, value, file)
+    value = fields.get(name)
+    value = defaults.get(name) if value is None else value
+    if hint is bool:
+        if value not in (True, False, None):
+            raise ValueError(f"{file}: {name}={value!r} must be true or false")
+        return bool(value)
+    if hint is float:
+        return real(name, value, file)
+    if hint is int:
+        if value is None and name not in ("num_key_value_heads", "head_dim", "n_inner"):
+            raise ValueError(f"{file}: {name} is missing; is this a language model's config.json?")
+        return value if value is None else whole(name, value, file)
+    if value not in ACTIVATIONS:
+        raise ValueError(
+            f"{file}: {name}={value!r} is not supported; these are: {', '.join(ACTIVATIONS)}"
+        )
+    # Gemma 1's files say "gelu" and mean its approximation, as transformers knows.
+    legacy = value == "gelu" and defaults.get(name) == "gelu_pytorch_tanh"
+    return "gelu_tanh" if legacy else ACTIVATIONS[value]
+
+
+def whole(name: str, value: Any, file: str) -> int:
+    """`value`, or a ValueError unless it is a whole number of at least 1."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{file}: {name}={value!r} must be a whole number of at least 1")
+    return value
+
+
+def real(name: str, value: Any, file: str) -> float:
+    """`value` as a float, or a ValueError unless it is a positive number."""
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{file}: {name}={value!r} must be a positive number")
+    return float(value)
+
+
+def _window(family, fields, values, file):
+    """`window` and `full_layers`; switched off where no layer has one."""
+    window, depth = values.get("window"), values["num_layers"]
+    if family.model_type in ("qwen2", "qwen3") and not fields.get("use_sliding_window", False):
+        window = None
+    if window is None:
+        return {"window": None, "local_rope_base": None}
+    kinds = fields.get("layer_types") if family.full else None
+    if kinds is None:
+        full = tuple(family.full(fields)) if family.full else ()
+    elif len(kinds) == depth and set(kinds) <= {"full_attention", "sliding_attention"}:
+        full = tuple(i for i in range(depth) if kinds[i] == "full_attention")
+    else:
+        raise ValueError(
+            f"{file}: layer_types must name full_attention or sliding_attention for each of the "
+            f"{depth} layers"
+        )
+    if len(full) == depth:
+        return {"window": None, "local_rope_base": None}
+    return {"full_layers": full}
+
+
+def _rope(family, fields, values, file):
+    """The options of rotary positions, from either spelling."""
+    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    given = fields.get(name) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{file}: {name}={given!r} must be an object or null")
+    found = {}
+    if family.model_type == "gemma3_text":
+        local, near = fields.get("rope_local_base_freq", 1e4), given.get("sliding_attention") or {}
+        if near.get("rope_type", "default") != "default":
+            raise ValueError(f"{file}: {name}.sliding_attention is scaled, which is not supported")
+        found["local_rope_base"] = real("rope_local_base_freq", near.get("rope_theta", local), file)
+        given = given.get("full_attention") or ({} if near else given)
+    base = fields.get(family.base, family.defaults.get(family.base, 1e4))
+    found["rope_base"] = real(family.base, given.get("rope_theta", base), file)
+    key = family.share or "partial_rotary_factor"
+    share = given.get("partial_rotary_factor", fields.get(key, family.defaults.get(key)))
+    share = 1.0 if share is None else real(key, share, file)
+    if share != 1 and (family.share is None or share > 1):
+        where = f"{name} has " if "partial_rotary_factor" in given else ""
+        raise ValueError(f"{file}: {where}{key}={share}, which is not supported; only 1 is")
+    size = int(values["head_dim"] * share)
+    if size % 2 or not size:
+        what = f"head_dim={size}" if share == 1 else f"{key}={share} of {values['head_dim']}"
+        raise ValueError(f"{file}: {what} is odd; rotary positions need pairs")
+    found["rotary_dim"] = None if size == values["head_dim"] else size
+    return found | {"rope_scaling": _scaling(family, fields, given, name, size, values, file)}
+
+
+def _scaling(family, fields, given, name, size, values, file):
+    kind = given.get("rope_type", given.get("type", "default"))  # "type": transformers before 4.43
+    if family.model_type == "phi3" and kind in ("su", "yarn"):
+        kind = "longrope"  # as its first files called it
+    kinds = typing.get_args(rope.Kind)
+    if kind not in kinds:
+        raise ValueError(
+            f"{file}: {name} has rope_type={kind!r}, which is not supported; "
+            f"these are: {', '.join(kinds)}"
+        )
+    if kind == "default":
+        return rope.Scaling()
+    need = lambda key: real(f"{name}.{key}", given.get(key), file)  # noqa: E731
+    if kind == "linear":
+        return rope.Scaling(kind=kind, factor=need("factor"))
+    longest, key = values["max_length"], "original_max_position_embeddings"
+    if kind == "dynamic":
+        return rope.Scaling(kind=kind, factor=need("factor"), original_length=longest)
+    original = fields.get(key) or given.get(key) or family.defaults.get(key, longest)
+    found = {"kind": kind, "original_length": whole(key, original, file)}
+    if kind == "llama3" or given.get("factor") is not None:
+        found["factor"] = need("factor")
+    else:
+        found["factor"] = longest / original
+    if kind == "llama3":
+        return rope.Scaling(
+            **found,
+            low_freq_factor=need("low_freq_factor"),
+            high_freq_factor=need("high_freq_factor"),
+        )
+    if given.get("attention_factor") is not None:
+        found["attention_factor"] = need("attention_factor")
+    if kind == "yarn":
+        return _yarn(found, given, need)
+    for ours, theirs in (("short_factors", "short_factor"), ("long_factors", "long_factor")):
+        numbers = given.get(theirs)
+        if not isinstance(numbers, list) or len(numbers) != size // 2:
+            raise ValueError(f"{file}: {name}.{theirs} must be a list of {size // 2} numbers")
+        found[ours] = tuple(real(f"{name}.{theirs}", x, file) for x in numbers)
+    return rope.Scaling(**found)
+
+
+def _yarn(found, given, need):
+    if "attention_factor" not in found and given.get("mscale") and given.get("mscale_all_dim"):
+        grown = [
+            0.1 * need(x) * math.log(max(found["factor"], 1)) + 1
+            for x in ("mscale", "mscale_all_dim")
+        ]
+        found["attention_factor"] = grown[0] / grown[1]
+    for key in ("beta_fast", "beta_slow"):
+        if given.get(key):
+            found[key] = need(key)
+    return rope.Scaling(**found, truncate=given.get("truncate") is not False)
+
+
+def fields_from(config: transformer.Config, classifier: bool = False) -> dict[str, Any]:
+    """`config.json` of a model made here: the first family that can say all of its options.
+
+    In the spelling of transformers 4, which 5 reads too. Raises ValueError if no family can.
+    """
+    wanted = dataclasses.replace(config, dtype="float32")
+    for family in families.FAMILIES:
+        fixed = {"positions": "rotary"} | family.fixed
+        if all(vars(config)[name] == value for name, value in fixed.items()):
+            fields = _fields(family, config, classifier)
+            if config_from(fields) == wanted:
+                return fields
+    raise ValueError(
+        "no family of transformers has this model's options, so no config.json can describe it; "
+        f"they are: {wanted}"
+    )
+
+
+def _fields(family, config, classifier):
+    fields = {
+        "architectures": [family.classifier if classifier else family.causal],
+        "model_type": family.model_type,
+        **(ONE_LABEL if classifier else {}),
+    }
+    for ours, theirs in family.fields.items():
+        value = vars(config)[ours]
+        fields[theirs] = WRITTEN_ACTIVATIONS[value] if ours == "activation" else value
+    if config.window is not None and family.full:
+        kinds = ("sliding_attention", "full_attention")
+        fields["layer_types"] = [kinds[i in config.full_layers] for i in range(config.num_layers)]
+        if family.full is families.first_windowless:
+            fields["use_sliding_window"] = True
+    if config.positions == "learned":
+        return fields
+    fields[family.base] = config.rope_base
+    if family.model_type == "gemma3_text":
+        fields["rope_local_base_freq"] = config.local_rope_base
+    if family.share:
+        fields[family.share] = (config.rotary_dim or config.head_dim) / config.head_dim
+    scaling, longest = config.rope_scaling, "original_max_position_embeddings"
+    if scaling.kind == "default":
+        return fields
+    given: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind in ("llama3", "yarn", "longrope"):
+        given[longest] = scaling.original_length
+    if scaling.kind == "llama3":
+        given |= {x: vars(scaling)[x] for x in ("low_freq_factor", "high_freq_factor")}
+    if scaling.kind == "yarn":
+        given |= {x: vars(scaling)[x] for x in ("beta_fast", "beta_slow", "truncate")}
+    if scaling.attention_factor is not None:
+        given["attention_factor"] = scaling.attention_factor
+    if scaling.kind == "longrope":
+        given |= {"short_factor": [*scaling.short_factors], "long_factor": [*scaling.long_factors]}
+    if family.model_type == "phi3":  # its files have just these three
+        fields[longest] = scaling.original_length
+        given = {"type": "longrope", **{x: given.get(x) for x in ("short_factor", "long_factor")}}
+    return fields | {"rope_scaling": given}
