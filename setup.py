@@ -41,7 +41,7 @@ setup(
             "ruff>=0.14",
         ],
         # Oracles, never imported outside the tests. A constraint holds torch to its CPU build.
-        "parity": ["torch>=2.6"],
+        "parity": ["torch>=2.6", "peft>=0.17"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },

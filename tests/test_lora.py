@@ -1,6 +1,7 @@
 """LoRA: what is trained, what is shared, and what the adapter computes."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,15 @@ import pytest
 import tiny
 
 from rlhf_jax.algorithms import ppo, reward_model, sft
-from rlhf_jax.models import lora, transformer
+from rlhf_jax.models import huggingface, lora, transformer
 from rlhf_jax.rewards import learned
 from rlhf_jax.training.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("compile_cache")
+pytestmark = [
+    pytest.mark.usefixtures("compile_cache"),
+    # peft 0.21 asks transformers 5.23 in a way that it warns about.
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
 CONFIG = lora.Config(rank=2, alpha=6.0)
 TOKENS = jnp.arange(12).reshape(2, 6) + 60
 ATTEND = jnp.array([[1] * 6, [0, 0, 1, 1, 1, 1]])
@@ -23,15 +28,17 @@ def logits(model):
     return transformer.logits(model, transformer.hidden_states(model, TOKENS, ATTEND))
 
 
-def attached(config=CONFIG, scale=0.0):
-    """A tiny model with an adapter whose B is `scale` times noise."""
-    model = lora.attach(tiny.model(), config, jax.random.key(1))
-
+def noisy(model, scale=0.3):
     def noise(path, x):
         key = jax.random.key(len(jax.tree_util.keystr(path)))
         return x + scale * jax.random.normal(key, x.shape) if path[-1].key == "lora_b" else x
 
     return jax.tree.map_with_path(noise, model)
+
+
+def attached(config=CONFIG, scale=0.0):
+    """A tiny model with an adapter whose B is `scale` times noise."""
+    return noisy(lora.attach(tiny.model(), config, jax.random.key(1)), scale)
 
 
 def leaves(model):
@@ -164,3 +171,84 @@ def test_an_interrupted_run_with_adapters_ends_with_the_same_bits(tmp_path):
     for name, x in leaves(whole.policy).items():
         np.testing.assert_array_equal(leaves(resumed.policy)[name], x, err_msg=name)
     assert len(resumed.history) == 2
+
+
+def llama_folder(tmp_path):
+    """A random Llama as transformers writes it, and ours of it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base", huggingface.load(tmp_path / "base")
+
+
+def theirs(folder):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(TOKENS)[:1])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("targets", [CONFIG.targets, ("query", "down")])
+def test_peft_reads_an_adapter_of_ours(tmp_path, targets):
+    pytest.importorskip("peft")
+    folder, base = llama_folder(tmp_path)
+    config = lora.Config(rank=3, alpha=6.0, targets=targets)
+    model = noisy(lora.attach(base, config, jax.random.key(0)))
+    huggingface.save_adapter(tmp_path / "adapter", model, like=folder)
+    np.testing.assert_allclose(logits(model)[0], theirs(tmp_path), atol=1e-4)
+    again = huggingface.load_adapter(tmp_path / "adapter", base, like=folder)
+    for name, x in leaves(model).items():
+        np.testing.assert_array_equal(leaves(again)[name], x, err_msg=name)
+
+
+def test_an_adapter_of_peft_is_read(tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    folder, base = llama_folder(tmp_path)
+    wrapped = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder),
+        peft.LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj", "up_proj"]),
+    )
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    model = huggingface.load_adapter(tmp_path / "adapter", base, like=folder)
+    np.testing.assert_allclose(logits(model)[0], theirs(tmp_path), atol=1e-4)
+    assert np.abs(logits(model) - logits(base)).max() > 0.1
+    assert not lora.has_adapter(base)
+
+
+def test_adapters_that_are_not_plain_lora_are_refused(tmp_path):
+    pytest.importorskip("torch")
+    folder, base = llama_folder(tmp_path)
+    with pytest.raises(ValueError, match="the model has no adapter"):
+        huggingface.save_adapter(tmp_path / "x", base, like=folder)
+    adapter = tmp_path / "adapter"
+    model = lora.attach(base, CONFIG, jax.random.key(0))
+    huggingface.save_adapter(adapter, model, like=folder)
+    record = adapter / "adapter_config.json"
+    plain = json.loads(record.read_text())
+    for change, message in (
+        ({"use_dora": True}, "use_dora=True is not plain LoRA"),
+        ({"r": 3}, r"q_proj.lora_A.weight has shape \(2, 32\)"),
+    ):
+        record.write_text(json.dumps(plain | change))
+        with pytest.raises(ValueError, match=message):
+            huggingface.load_adapter(adapter, base, like=folder)
+    record.unlink()
+    with pytest.raises(ValueError, match="holds no adapter_config.json"):
+        huggingface.load_adapter(adapter, base, like=folder)

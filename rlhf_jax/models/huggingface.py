@@ -360,3 +360,124 @@ def _write_tensors(folder, model, family, head, dtype, max_shard_bytes):
 
 def _write_json(file, record):
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_PEFT = "base_model.model."
+# Settings of peft that change what its adapter computes, and the values that leave it plain LoRA.
+PLAIN_LORA = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False, None),
+    "use_rslora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "lora_bias": (False, None),
+}
+
+
+def save_adapter(
+    folder: str | pathlib.Path, model: transformer.Model, *, like: str | pathlib.Path
+) -> None:
+    """Writes a language model's adapter as peft reads it on top of `like`, the base's folder.
+
+    Raises ValueError for a model without an adapter, and for a family whose kernels transformers
+    keeps fused (GPT-2, Phi-3, GPT-NeoX): there an adapter of ours is not one of theirs; export
+    `lora.merge(model)` instead.
+    """
+    family, _ = configs.family_of(_fields_of(pathlib.Path(like)))
+    tensors, ranks, scales, targets = {}, set(), set(), set()
+    for kernel, node in _kernels(model.weights, family):
+        if "lora_a" not in node:
+            continue
+        module = kernel.removesuffix(".weight")
+        tensors[f"{_PEFT}{module}.lora_A.weight"] = np.ascontiguousarray(node["lora_a"].T)
+        tensors[f"{_PEFT}{module}.lora_B.weight"] = np.ascontiguousarray(node["lora_b"].T)
+        ranks.add(node["lora_a"].shape[1])
+        scales.add(float(node["lora_scale"]))
+        targets.add(module.rpartition(".")[2])
+    if not tensors:
+        raise ValueError("the model has no adapter to write; see lora.attach")
+    (rank,), (scale,) = ranks, scales
+    record = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(like),
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(targets),
+        "inference_mode": True,
+    }
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file(tensors, folder / ADAPTER_FILES[1], metadata={"format": "pt"})
+    _write_json(folder / ADAPTER_FILES[0], record)
+
+
+def load_adapter(
+    folder: str | pathlib.Path, model: transformer.Model, *, like: str | pathlib.Path
+) -> transformer.Model:
+    """`model`, which came from `like`, with the adapter of a peft folder; its arrays are shared.
+
+    Raises ValueError for a setting that is not plain LoRA, for a tensor that the model has no place
+    for (kernels of a fused family are none, see `save_adapter`) and for one that is misshapen.
+    """
+    record, file = (pathlib.Path(folder) / name for name in ADAPTER_FILES)
+    if not record.is_file() or not file.is_file():
+        raise ValueError(f"{folder}: holds no {' and '.join(ADAPTER_FILES)}, so it is no adapter")
+    settings = _read_json(record)
+    for name, plain in PLAIN_LORA.items():
+        if settings.get(name, plain[0]) not in plain:
+            raise ValueError(f"{record}: {name}={settings[name]!r} is not plain LoRA")
+    rank = configs.whole("r", settings.get("r"), str(record))
+    scale = jnp.float32(settings.get("lora_alpha", 8) / rank)
+    stored = safetensors.numpy.load_file(file)
+    family, _ = configs.family_of(_fields_of(pathlib.Path(like)))
+    weights = jax.tree.map(lambda x: x, model.weights)  # the dictionaries anew, not the arrays
+    for kernel, node in _kernels(weights, family):
+        found = []
+        for letter, shape in (
+            ("A", (rank, node["kernel"].shape[0])),
+            ("B", (node["kernel"].shape[1], rank)),
+        ):
+            name = f"{_PEFT}{kernel.removesuffix('.weight')}.lora_{letter}.weight"
+            if name in stored:
+                found.append(stored.pop(name))
+                if found[-1].shape != shape:
+                    raise ValueError(
+                        f"{file}: tensor {name} has shape {found[-1].shape}, but rank and model "
+                        f"make it {shape}"
+                    )
+        if len(found) == 2:
+            a, b = (jnp.asarray(x.T, jnp.float32) for x in found)
+            node |= {"lora_a": a, "lora_b": b, "lora_scale": scale}
+    if stored:
+        raise ValueError(f"{file}: tensor {min(stored)} has no place in the model")
+    return dataclasses.replace(model, weights=weights)
+
+
+def _kernels(weights: dict, family):
+    """(their name, node) of every kernel that an adapter of peft can stand beside."""
+    nodes = {}
+
+    def walk(node, path):
+        for name, value in node.items():
+            if isinstance(value, dict):
+                walk(value, (*path, name))
+        if "kernel" in node and path[0] not in ("head", "score"):
+            nodes["/".join((*path, "kernel"))] = node
+
+    walk(weights, ())
+    for name, paths in families.groups(family, list(nodes)).items():
+        if len(paths) == 1 and not family.conv1d:
+            yield name, nodes[paths[0]]
+        elif any("lora_a" in nodes[path] for path in paths):
+            raise ValueError(
+                f"{family.causal} keeps {name} fused or turned, so an adapter beside it is not one "
+                "of peft's; export lora.merge(model) instead"
+            )
