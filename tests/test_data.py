@@ -333,6 +333,8 @@ def test_a_prepared_tfds_folder_and_a_tfds_name_load(real_data):
     assert len(named) == 10
     examples = batches.demonstrations(named, BYTES, max_prompt=1, max_response=20_000)
     assert examples.counts.rows == 10
+    mapped = formats.renamed({"prompt": "text"})
+    assert len(batches.prompts(named, BYTES, max_prompt=20_000, format=mapped)) == len(examples)
 
 
 # Rows to examples.
