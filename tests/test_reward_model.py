@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algorithms import reward_model
-from rlhf_jax.data import batches
+from rlhf_jax.data import batches, mixing
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.tokenizers import byte_tokenizer
 
@@ -106,3 +106,10 @@ def test_ratings_that_only_some_rows_give_are_refused(given):
         with pytest.raises(ValueError, match="which only some rows of the dataset have; give ev"):
             loss(CONFIG, given, mixed)
     reward_model.loss(CONFIG, given, mixed)
+
+
+def test_packed_rows_are_refused_where_each_document_is_to_have_a_score():
+    rows = [{"prompt": "p", "completion": x} for x in "abc"]
+    packed = mixing.pack(batches.demonstrations(rows, BYTES, 4, 8))
+    with pytest.raises(ValueError, match="packed rows hold several documents; centre on the demo"):
+        reward_model.centre(None, Loader(packed, 1))
