@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.data import batches, mixing
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.tokenizers import byte_tokenizer
+from rlhf_jax.models import transformer
 
 BYTES = byte_tokenizer()
 CONFIG = reward_model.Config()
@@ -112,4 +114,4 @@ def test_packed_rows_are_refused_where_each_document_is_to_have_a_score():
     rows = [{"prompt": "p", "completion": x} for x in "abc"]
     packed = mixing.pack(batches.demonstrations(rows, BYTES, 4, 8))
     with pytest.raises(ValueError, match="packed rows hold several documents; centre on the demo"):
-        reward_model.centre(None, Loader(packed, 1))
+        reward_model.centre(transformer.Model(tiny.SHAPE, {}), Loader(packed, 1))
