@@ -170,6 +170,10 @@ BAD_FILES = {
             b'{"a": 1}\n{"a": "\xff"}\n',
             r"x\.jsonl:2: not valid UTF-8 \(byte 8 of the line\); save the file as UTF-8",
         ),
+        (
+            '{"a": 1}\r\n{"b": {"a": 1, "a": 2}}\r\n',
+            r"x\.jsonl:2: the field 'a' is given twice; remove one",
+        ),
         ("", r"x\.jsonl: no row in this file; it takes one object or more"),
         ("\n \n", r"x\.jsonl: no row in this file; it takes one object or more"),
     ],
@@ -182,6 +186,10 @@ BAD_FILES = {
         ('{"a": 1}', r"x\.json: holds an object, not an array; a \.json file holds one array .*"),
         ('[{"a": 1}, null]', r"x\.json row 2: the row is null; it must be an object .*"),
         ('[{"a": 1}, 3]', r"x\.json row 2: the row is a number; it must be an object .*"),
+        (
+            '[{"a": 1}, {"a": 2, "a": 2}]',
+            r"x\.json row 2: the field 'a' is given twice; remove one",
+        ),
         (b'[\n"\xff"]', r"x\.json:2: not valid UTF-8 \(byte 2 of the line\); save .*"),
         ("[]", r"x\.json: no row in this file; it takes one object or more"),
     ],
@@ -197,6 +205,28 @@ def test_a_fault_in_a_file_is_one_line_that_names_the_place_and_the_remedy(
     zipped = message.replace("x\\.jsonl:", "x\\.jsonl\\.gz:").replace("x\\.json:", "x\\.json\\.gz:")
     zipped = zipped.replace("x\\.json row", "x\\.json\\.gz row")
     fails(zipped, builders.load, write(tmp_path / f"{name}.gz", content))
+
+
+def test_lines_that_hold_no_row_are_dropped_and_counted_where_asked(tmp_path):
+    content = (
+        b'\xef\xbb\xbf{"prompt": "a"}\r\n{oops\r\n\r\n{"prompt": "\xff"}\n[1]\n{"prompt": "b"}\r\n'
+    )
+    path = write(tmp_path / "x.jsonl", content + b'{"prompt": "c", "prompt": "d"}')
+    fails(r"x\.jsonl:2: malformed JSON .*", builders.load, path)
+    rows = builders.load(path, on_bad_row="drop")
+    examples = batches.prompts(rows, BYTES, 4, on_bad_row="drop")
+    assert examples.where == ["x.jsonl:1", "x.jsonl:6"]
+    assert examples.counts.dropped == {"faulty row": 4}
+    assert examples.counts.first["faulty row"].startswith("x.jsonl:2: malformed JSON (")
+    fails(r"x\.jsonl:2: malformed JSON .*", batches.prompts, rows, BYTES, 4)
+
+
+def test_a_line_of_fifty_megabytes_is_read_and_dropped_by_its_length(tmp_path):
+    huge = {"prompt": "q", "completion": "long " * 10_000_000}
+    path = write(tmp_path / "x.jsonl", lines({"prompt": "q", "completion": "a"}, huge))
+    examples = batches.demonstrations(builders.load(path), BYTES, 8, 8)
+    assert examples.counts.dropped == {"response over its limit": 1}
+    assert examples.counts.first == {"response over its limit": "x.jsonl:2"}
 
 
 def test_damaged_gzip_files_are_named(tmp_path):
@@ -303,6 +333,8 @@ def test_a_prepared_tfds_folder_and_a_tfds_name_load(real_data):
     assert len(named) == 10
     examples = batches.demonstrations(named, BYTES, max_prompt=1, max_response=20_000)
     assert examples.counts.rows == 10
+    mapped = formats.renamed({"prompt": "text"})
+    assert len(batches.prompts(named, BYTES, max_prompt=20_000, format=mapped)) == len(examples)
 
 
 # Rows to examples.

@@ -82,6 +82,17 @@ ROWS = [
         Example(said("p", "a", "q"), ("xy", "xz"), PAIR),
     ),
     (
+        "preference",
+        {
+            "prompt": "p",
+            "chosen": messages("p", "a"),
+            "rejected": messages("p", "b"),
+            "score_chosen": 8,
+            "score_rejected": 5.5,
+        },
+        Example(said("p"), ("a", "b"), PAIR, (8.0, 5.5)),
+    ),
+    (
         "messages_preference",
         {
             "conversations": sharegpt("p"),
@@ -200,6 +211,8 @@ def test_a_translation_needs_its_direction():
     row = {"en": "One.", "de": "Eins.", "fr": "Un."}
     with pytest.raises(ValueError, match=r"^x:1: the row is a translation without a direction; na"):
         formats.read(row, "x:1")
+    with pytest.raises(ValueError, match="^x:1: the row is a translation without a direction"):
+        formats.prompt(row, "x:1")
     german = layouts.source_target("en", "de", template="Translate: {}\n")
     assert formats.read(row, "x:1", german) == Example(
         "Translate: One.\n", ("Eins.",), language="de"
@@ -224,6 +237,14 @@ def test_fields_of_other_names_are_read_by_a_map():
 
 FAULTS = [
     ({"instruction": "p", "output": "a", "text": "t"}, "the fields fit the formats 'text' and 'al"),
+    (
+        {"prompt": "p", "messages": [], "chosen": [], "rejected": []},
+        "the fields fit the formats 'messages_preference' and 'preference'; name one by format=",
+    ),
+    (
+        {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2},
+        "'ranks' put response 0 above 1, 'scores' below it; correct one of them .*",
+    ),
     ({"question": "p"}, r"no known format has the fields \['question'\]; a demonstration has .*"),
     ({"messages": []}, r"'messages' must be a list of messages, got \[\]; a conv.*"),
     ({"messages": messages("p") * 2}, "roles are out of order: user after user; user and assi.*"),

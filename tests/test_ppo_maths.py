@@ -497,7 +497,11 @@ def comparisons(rng, count=4, width=7):
     mask[1, 2] = 0
     attend[1, 2] = False
     ranks = ints([[0, 1, 2], [1, 0, 0], [0, 0, 1], [1, 1, 1]])
-    return Comparisons(ints(tokens), ints(attend), ranks, floats(mask), floats([0, 0.5, 0.1, 1.0]))
+    margin, scores = (
+        floats([0, 0.5, 0.1, 1.0]),
+        floats([[5, 3, 1], [2, 4, 0], [3, 3, 1], [2, 2, 2]]),
+    )
+    return Comparisons(ints(tokens), ints(attend), ranks, floats(mask), margin, scores)
 
 
 def ppo_batch(models):
@@ -515,14 +519,21 @@ def make_task(name, models):
     rng = np.random.default_rng(5)
     if name == "sft":
         return sft.loss, sft.Config(), {"policy": models["policy"]}, demonstrations(rng)
-    if name == "reward_model":
+    scorers = {
+        "reward_model": reward_model.loss,
+        "plackett_luce": reward_model.plackett_luce_loss,
+        "regression": reward_model.regression_loss,
+    }
+    if name in scorers:
         config = reward_model.Config(centring_coef=0.1)
-        return reward_model.loss, config, {"scorer": models["scorer"]}, comparisons(rng)
+        return scorers[name], config, {"scorer": models["scorer"]}, comparisons(rng)
     config, batch = ppo_batch(models)
     return ppo.loss, config, {"policy": models["policy"], "critic": models["critic"]}, batch
 
 
-@pytest.fixture(scope="module", params=["sft", "reward_model", "ppo"])
+@pytest.fixture(
+    scope="module", params=["sft", "reward_model", "plackett_luce", "regression", "ppo"]
+)
 def task(request, models):
     """(loss, config, params, batch) of an algorithm."""
     return make_task(request.param, models)
@@ -536,7 +547,10 @@ def with_garbage(batch):
     batch = batch._replace(tokens=tokens)
     if isinstance(batch, Comparisons):
         ranks = ints(rng.integers(0, 9, batch.ranks.shape))
-        return batch._replace(ranks=jnp.where(batch.mask > 0, batch.ranks, ranks))
+        return batch._replace(
+            ranks=jnp.where(batch.mask > 0, batch.ranks, ranks),
+            scores=jnp.where(batch.mask > 0, batch.scores, noise(batch.scores)),
+        )
     if isinstance(batch, ppo.Batch):
         where = {"old_logprobs": batch.mask, "advantages": batch.mask}
         where |= {"old_values": batch.value_mask, "returns": batch.value_mask}

@@ -181,6 +181,16 @@ def test_a_vocabulary_larger_than_the_models_is_refused():
         check_vocab(byte_tokenizer(), 256)
 
 
+def test_a_reward_model_that_reads_other_ids_or_another_template_is_refused():
+    tokenizers.check_same(byte_tokenizer(), byte_tokenizer())
+    chat = byte_tokenizer().with_template(tokenizers.PLAIN_TEMPLATE)
+    tokenizers.check_same(chat, chat)
+    with pytest.raises(ValueError, match="^policy and reward model differ in chat template; take"):
+        tokenizers.check_same(chat, byte_tokenizer())
+    with pytest.raises(ValueError, match="^policy and reward model differ in ids and EOS; take"):
+        tokenizers.check_same(train_bpe(TEXTS, 300), byte_tokenizer())
+
+
 def test_a_continuation_never_changes_the_prompts_ids_and_spells_the_text():
     tokenizer = train_bpe(["abcabcabc"], 270)  # merges that cross the boundary below
     for prompt, completion in [("ab", "cabc"), ("abc", "abc"), ("a\n", "\nb"), ("x", " y")]:

@@ -180,6 +180,7 @@ def centre(scorer: Model, responses: Loader, *, mesh: jax.sharding.Mesh | None =
 
     The rank loss does not see a shift; PPO's value function and KL trade-off do (InstructGPT,
     section 3.5). Every demonstration, or every response of every comparison, counts once.
+    Raises ValueError for packed rows, whose documents have no score of their own.
     """
     mesh = mesh or sharding.make_mesh()
 
@@ -191,11 +192,14 @@ def centre(scorer: Model, responses: Loader, *, mesh: jax.sharding.Mesh | None =
             real = jnp.max(batch.mask, axis=1)
         return losses.masked_sum(scores, real), jnp.sum(real)
 
+    batches = responses.epoch_batches()
+    if any(np.max(batch.attend) > 1 for batch in batches):
+        raise ValueError(
+            "packed rows hold several documents; centre on the demonstrations unpacked"
+        )
     with jax.set_mesh(mesh):
         compiled = jax.jit(sums)
-        totals = [
-            compiled(scorer, sharding.put_rows(mesh, batch)) for batch in responses.epoch_batches()
-        ]
+        totals = [compiled(scorer, sharding.put_rows(mesh, batch)) for batch in batches]
         total, count = (sum(float(x) for x in column) for column in zip(*totals))
     head = scorer.weights["score"]
     head = {**head, "bias": head["bias"] - total / count}

@@ -1,1 +1,1 @@
-"""Files and prepared datasets to tokenised batches: builders, formats, tokenizers, batches."""
+"""Files and prepared datasets to tokenised batches: builders, formats, chat, batches, mixing."""

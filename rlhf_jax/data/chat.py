@@ -42,7 +42,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = Fal
             add_generation_prompt=ask,
             **tokenizer.special_tokens,
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:
         raise BadRow(
             f"the chat template refuses the messages ({error}); change them or the template"
         ) from None

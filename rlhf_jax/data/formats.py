@@ -90,7 +90,11 @@ def annotation(row: Row | str, where: str, format: Format = None) -> Example:
 
 def prompt(row: Row | str, where: str, format: Format = None) -> Example:
     """The prompt of any row; what else is in it is left alone where `prompt` is a field."""
-    if format is None and isinstance(row, Mapping) and ("prompt" in row or not _fits(row)):
+    if (
+        format is None
+        and isinstance(row, Mapping)
+        and ("prompt" in row or not (_fits(row) or _languages(row)))
+    ):
         return layouts.prompt_only(row, where)
     example = read(row, where, format)
     if not example.prompt:
@@ -202,12 +206,15 @@ def _recognised(row: Row, where: str) -> str:
     if fits:
         found = f"the fields fit the formats {' and '.join(map(repr, fits))}"
         schema.fail(where, found, "name one by format=")
-    languages = [name for name in row if len(name) == 2]
-    if "translation" in row or len(languages) > 1:
-        remedy = f"name the direction, such as format=source_target({languages[:2]})"
+    if _languages(row):
+        remedy = "name it by format=, such as layouts.source_target('en', 'de')"
         schema.fail(where, "the row is a translation without a direction", remedy)
     remedy = f"{DEMONSTRATION}; {COMPARISON}; other formats are named by format="
     schema.fail(where, f"no known format has the fields {schema.shown(list(row))}", remedy)
+
+
+def _languages(row: Row) -> bool:
+    return "translation" in row or sum(len(name) == 2 for name in row) > 1
 
 
 def _fits(row: Row) -> list[str]:
@@ -223,7 +230,7 @@ def _fits(row: Row) -> list[str]:
     label = plain and "completion" in has and "label" in has
     score = plain and {"response", "score"} <= has
     whole = sides and not turns and not asked and not prompted
-    dialogue = whole and str(row.get("chosen")).startswith("\n\nHuman:")
+    dialogue = whole and str(row.get("chosen")).lstrip().startswith("Human:")
     factory = asked and not listed
     tests = {
         "text": "text" in has and not prompted,
@@ -231,7 +238,7 @@ def _fits(row: Row) -> list[str]:
         "messages_preference": turns and sides,
         "labelled": label or turns and not sides and labels or factory and labels,
         "responses": ranked,
-        "preference": prompted and sides and not ranked or whole and not dialogue,
+        "preference": sides and "prompt" in has and not (asked or ranked) or whole and not dialogue,
         "hh": dialogue,
         "prompt_completion": plain and "completion" in has and not label,
         "scored": score,

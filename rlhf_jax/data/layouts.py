@@ -52,17 +52,24 @@ def prompt_completion(row: Row, where: str) -> Example:
 
 
 def preference(row: Row, where: str) -> Example:
-    """{prompt, chosen, rejected[, margin]}, text or messages.
+    """{prompt, chosen, rejected[, margin, score_chosen, score_rejected]}, text or messages.
 
-    Without `prompt` both sides are whole conversations, which part at the last assistant turn.
+    Where both sides are whole conversations, they part at the last assistant turn, and `prompt` is
+    absent or only the question as text.
     """
-    prompt = _prompt(row, where, COMPARISON) if "prompt" in row else ()
-    if "prompt" not in row and isinstance(row.get("chosen"), str):
+    chosen = row.get("chosen")
+    listed = isinstance(chosen, list | tuple) and all(isinstance(x, Mapping) for x in chosen)
+    if "prompt" not in row and not listed:
         schema.fail(where, "'prompt' is missing", COMPARISON)
+    whole = listed and isinstance(row.get("prompt", ""), str)
+    prompt = () if whole else _prompt(row, where, COMPARISON)
     sides = [_answer(prompt, row, name, where, COMPARISON) for name in ("chosen", "rejected")]
     margin = row.get("margin", 0.0)
     margin = schema.number(margin, "margin", where, "leave it out for no margin")
-    return _pair(sides, where)._replace(margin=margin, language=_language(row))
+    names = [name for name in ("score_chosen", "score_rejected") if name in row]
+    scores = tuple(schema.number(row[name], name, where, _SCORED) for name in names)
+    example = _pair(sides, where)._replace(margin=margin, language=_language(row))
+    return schema.ranked(example._replace(scores=scores), where)
 
 
 def ranked_responses(row: Row, where: str) -> Example:
@@ -164,7 +171,8 @@ def hh_dialogues(row: Row, where: str) -> Example:
     remedy = "both sides are one dialogue of '\\n\\nHuman:' and '\\n\\nAssistant:' turns"
     sides = []
     for name in ("chosen", "rejected"):
-        start, *parts = re.split(r"\n\n(Human|Assistant):", schema.text(row, name, where, remedy))
+        dialogue = "\n\n" + schema.text(row, name, where, remedy).strip()
+        start, *parts = re.split(r"\n\n(Human|Assistant):", dialogue)
         if start.strip() or not parts:
             schema.fail(where, f"{name!r} does not start with a turn", remedy)
         turns = [

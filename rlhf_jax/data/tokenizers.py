@@ -30,6 +30,7 @@ PLAIN_TEMPLATE = (
 )
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _ANCHOR = "\n"
+_SAMPLE = "Two tokenizers of one vocabulary can still split 一段文字 in other places.\n\n  x = 1024"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +238,27 @@ def check_vocab(tokenizer: Tokenizer, model_vocab_size: int) -> None:
         raise ValueError(
             f"the tokenizer has ids up to {largest} but the model's vocab_size is "
             f"{model_vocab_size}; use the model's own tokenizer or vocab_size={largest + 1}"
+        )
+
+
+def check_same(policy: Tokenizer, scorer: Tokenizer) -> None:
+    """Raises ValueError if a reward model would read other ids or another template than it knows.
+
+    On the device the scorer reads the policy's tokens as they are.
+    """
+    differ = [
+        name
+        for name, of in (
+            ("ids", lambda x: (x.backend.get_vocab(), x.encode(_SAMPLE))),
+            ("EOS", lambda x: set(x.eos_ids)),
+            ("chat template", lambda x: x.chat_template),
+        )
+        if of(policy) != of(scorer)
+    ]
+    if differ:
+        raise ValueError(
+            f"policy and reward model differ in {' and '.join(differ)}; take a reward model of the "
+            "policy's family, train one from the policy, or score texts by a function on the host"
         )
 
 
