@@ -78,17 +78,9 @@ def open_tokenizer(folder: str, plain_template: bool) -> tokenizers.Tokenizer:
 
 
 def open_scorer(config: Config, context: Context, tokenizer: tokenizers.Tokenizer):
-    """The reward model of a folder. Raises ValueError unless it reads the policy's tokens."""
+    """The reward model of a folder. Raises ValueError unless it reads what the policy writes."""
     theirs = open_tokenizer(config.scorer, config.plain_template)
-    for what, a, b in (
-        ("tokenizer", theirs.backend.get_vocab(), tokenizer.backend.get_vocab()),
-        ("chat template", theirs.chat_template, tokenizer.chat_template),
-    ):
-        if a != b:
-            raise ValueError(
-                f"{config.scorer}: its {what} differs from the policy's, so it would score other "
-                "tokens than the policy wrote; train a reward model from this policy instead"
-            )
+    tokenizers.check_same(tokenizer, theirs)
     return huggingface.load(config.scorer, context.mesh)
 
 

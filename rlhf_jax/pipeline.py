@@ -265,7 +265,7 @@ def _join(evaluations: list[Evaluation]) -> Evaluation:
     return Evaluation(*map(along, zip(*evaluations)))
 
 
-def summarise(config: AlignmentConfig, comparison: Comparison) -> dict[str, float]:
+def summarise(config: AlignmentConfig, comparison: Comparison) -> dict[str, float | int]:
     """The figures of a `Comparison` that every task has. KL in nats a response, to `before`."""
     before, after, best = comparison
     once = len(best.responses)  # a share of distinct pairs falls with the amount of text

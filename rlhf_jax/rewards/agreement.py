@@ -11,7 +11,7 @@ def agreement(
     ranks: Int[np.ndarray, "N K"],
     mask: Float[np.ndarray, "N K"],
     lengths: Int[np.ndarray, "N K"],
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """Accuracy over the pairs whose ranks differ (0 is best), with what length would have reached.
 
     accuracy: share of pairs whose better response scores higher, a tie counting half; low and high:
