@@ -135,6 +135,16 @@ def test_stories260k_continues_greedily_as_its_reference_token_for_token(stories
         assert np.all(mask[width : width + len(want)] == 1)
 
 
+def test_stories260k_goes_back_as_it_came(stories, real_data, tmp_path):
+    folder = real_data / "models" / "stories260K"
+    huggingface.save(tmp_path / "out", stories[0], like=folder)
+    assert equal(huggingface.load(tmp_path / "out"), stories[0])
+    before, after = (
+        json.loads((x / "config.json").read_text()) for x in (folder, tmp_path / "out")
+    )
+    assert after == before | {x: after[x] for x in ("dtype", "torch_dtype") if x in after}
+
+
 def test_stories260k_loads_onto_eight_devices_in_shards_and_says_the_same(stories, real_data):
     whole, reference = stories
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)

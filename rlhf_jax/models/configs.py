@@ -297,7 +297,7 @@ def _fields(family, config, classifier):
         given["attention_factor"] = scaling.attention_factor
     if scaling.kind == "longrope":
         given |= {"short_factor": [*scaling.short_factors], "long_factor": [*scaling.long_factors]}
+        fields[longest] = scaling.original_length  # where transformers 4 looks for it
     if family.model_type == "phi3":  # its files have just these three
-        fields[longest] = scaling.original_length
         given = {"type": "longrope", **{x: given.get(x) for x in ("short_factor", "long_factor")}}
     return fields | {"rope_scaling": given}
