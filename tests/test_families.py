@@ -11,7 +11,7 @@ import pytest
 from test_huggingface import left_padded, refused
 
 from rlhf_jax import losses, sampling, sharding
-from rlhf_jax.models import families, heads, huggingface, transformer
+from rlhf_jax.models import configs, families, heads, huggingface, transformer
 
 # save_pretrained reads config.json back without closing it (transformers 5.23).
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -390,9 +390,11 @@ def test_which_head_is_written_is_said_where_a_model_has_both(tmp_path):
 
 
 def test_a_model_that_no_family_has_or_another_than_it_came_from_is_refused(tmp_path):
-    strange = dataclasses.replace(SHAPE, norm="layer", post_norms=True)
-    with refused("no family of transformers", "post_norms=True"):
-        huggingface.save(tmp_path, made_here(strange))
+    stretched = transformer.rope.Scaling(kind="linear", factor=2.0)
+    for options in ({"norm": "layer", "positions": "learned"}, {"rope_scaling": stretched}):
+        strange = dataclasses.replace(SHAPE, post_norms=True, **options)
+        with refused("no family of transformers", "post_norms=True"):
+            configs.fields_from(strange)
     huggingface.save(tmp_path / "one", made_here())
     wider = made_here(dataclasses.replace(SHAPE, d_ff=20))
     with refused("another model", "d_ff=20"):

@@ -619,6 +619,7 @@ OTHERS = {
         ("opt", {"word_embed_proj_dim": 4}, ["word_embed_proj_dim=4", "only hidden_size"]),
         ("gemma2", {"use_bidirectional_attention": True}, ["only False"]),
         ("gemma2", {"layer_types": ["chunked"]}, ["layer_types must name full_attention or"]),
+        ("gpt2", {"activation_function": ["gelu"]}, ["['gelu'] is not supported", "gelu_new"]),
         ("gemma2", {"final_logit_softcapping": 0}, ["must be a positive number"]),
         (
             "gemma3",
