@@ -111,11 +111,14 @@ def _value(hint, fields, name, defaults, file):
         return bool(value)
     if hint is float:
         return real(name, value, file)
-    if hint is int:
-        if value is None and name not in ("num_key_value_heads", "head_dim", "n_inner"):
-            raise ValueError(f"{file}: {name} is missing; is this a language model's config.json?")
+    if hint is int and name in ("num_key_value_heads", "head_dim", "n_inner"):
+        value = fields.get(name, defaults.get(name))  # null: it follows from the others
         return value if value is None else whole(name, value, file)
-    if value not in ACTIVATIONS:
+    if hint is int:
+        if value is None:
+            raise ValueError(f"{file}: {name} is missing; is this a language model's config.json?")
+        return whole(name, value, file)
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ValueError(
             f"{file}: {name}={value!r} is not supported; these are: {', '.join(ACTIVATIONS)}"
         )
@@ -297,7 +300,7 @@ def _fields(family, config, classifier):
         given["attention_factor"] = scaling.attention_factor
     if scaling.kind == "longrope":
         given |= {"short_factor": [*scaling.short_factors], "long_factor": [*scaling.long_factors]}
-    if family.model_type == "phi3":  # its files have just these three
-        fields[longest] = scaling.original_length
-        given = {"type": "longrope", **{x: given.get(x) for x in ("short_factor", "long_factor")}}
+        fields[longest] = scaling.original_length  # where transformers 4 looks for it
+        if family.model_type == "phi3":  # its files have just these three
+            given = {"type": "longrope"} | {x: given[x] for x in ("short_factor", "long_factor")}
     return fields | {"rope_scaling": given}

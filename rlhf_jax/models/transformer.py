@@ -23,7 +23,7 @@ from rlhf_jax.models import rope
 
 
 class Config(config.Config):
-    """Shape of a transformer. Parameters are float32; `dtype` is what products are computed in.
+    """Shape of a transformer. Parameters are born float32; `dtype` is what products are done in.
 
     The defaults are Llama's. With `window` a token sees that many tokens, itself included, in all
     layers but `full_layers`, and those windowed layers turn by `local_rope_base` where it is set.
