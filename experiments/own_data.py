@@ -2,7 +2,8 @@
 
     python experiments/own_data.py --model DIR --demonstrations F --preferences F --prompts F
 
-DIR holds a language model and its tokenizer; the files are in any layout that `rlhf_jax.data`
+DIR holds a language model and its tokenizer (org/name is fetched from the Hugging Face hub); the
+files are in any layout that `rlhf_jax.data`
 recognises (alpaca, sharegpt, TRL, HH-RLHF, ...). The workdir's `export/` then holds `sft`,
 `reward_model` and `policy`, folders that transformers reads. What is not given is skipped: without
 --demonstrations the model is taken as tuned already, with --scorer DIR no reward model is trained,
@@ -17,6 +18,7 @@ can share its mistakes: read the table of samples too.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -148,6 +150,7 @@ def run(config: Config, context: Context) -> dict:
     """The stages whose inputs are given; returns the summary."""
     if not config.model:
         raise ValueError("--model is missing: name the folder of a language model")
+    config = dataclasses.replace(config, model=str(huggingface.fetch(config.model)))
     tokenizer = open_tokenizer(config.model, config.plain_template)
     policy = huggingface.load(config.model, context.mesh)
     pipeline.check(config, context.mesh, policy.config, config.max_prompt)

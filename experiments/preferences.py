@@ -19,7 +19,7 @@ from rlhf_jax.training.state import OptimizerConfig
 
 
 class Config(configuration.Config):
-    """start: the folder of a language model, or "" for `model` from noise, tuned by `sft` first."""
+    """start: a language model (folder or org/name), or "" for `model` from noise, tuned by `sft` first."""
 
     seed: int = 0
     start: str = ""
@@ -53,13 +53,15 @@ def open_tokenizer(config: Config, context: Context) -> tokenizers.Tokenizer:
     """The starting model's tokenizer, or the one of 6,400 entries in the folder of real data."""
     if context.data is None:
         raise ValueError("this experiment reads real data: name its folder by --data DIR")
-    return tokenizers.from_folder(config.start or context.data / "tokenizers" / "minimind")
+    if config.start:
+        return tokenizers.from_folder(huggingface.fetch(config.start))
+    return tokenizers.from_folder(context.data / "tokenizers" / "minimind")
 
 
 def starting_model(config: Config, context: Context, tokenizer, rows: list, held_out: list):
     """(language model, {"eval_loss"}): that of `start` as it is, or a new one tuned on `rows`."""
     if config.start:
-        return huggingface.load(config.start, context.mesh), {}
+        return huggingface.load(huggingface.fetch(config.start), context.mesh), {}
     sizes = (tokenizer, config.max_prompt, config.max_response)
     answers = [batches.demonstrations(part, *sizes, on_bad_row="drop") for part in (rows, held_out)]
     initial = pipeline.new_model(config.model, context, config.seed)

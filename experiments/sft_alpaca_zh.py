@@ -30,7 +30,7 @@ from rlhf_jax.training.state import OptimizerConfig
 
 
 class Config(configuration.Config):
-    """start: the folder of a model to fine-tune, or "" for `model` from noise."""
+    """start: a model to fine-tune (folder or org/name), or "" for `model` from noise."""
 
     seed: int = 0
     start: str = ""
@@ -75,7 +75,8 @@ def run(config: Config, context: Context) -> dict:
     """Trains, exports, returns the summary."""
     if context.data is None:
         raise ValueError("this experiment reads real data: name its folder by --data DIR")
-    tokenizer = tokenizers.from_folder(config.start or context.data / "tokenizers" / "minimind")
+    folder = huggingface.fetch(config.start) if config.start else None
+    tokenizer = tokenizers.from_folder(folder or context.data / "tokenizers" / "minimind")
     sides = ([], [])
     for name in ("alpaca_zh_demo.json", "oasst_sft_zh.json"):
         parts = mixing.split(builders.load(context.data / "sft" / name), config.held_out)
@@ -90,16 +91,16 @@ def run(config: Config, context: Context) -> dict:
     )
     clock = pipeline.Clock()
     with clock("sft"):
-        if config.start:
-            initial = huggingface.load(config.start, context.mesh)
+        if folder:
+            initial = huggingface.load(folder, context.mesh)
         else:
             initial = pipeline.new_model(config.model, context, config.seed)
         policy, summary = pipeline.fine_tune(config, context, initial, tokenizer, packed, held_out)
-    folder = context.workdir / "export"
-    if not folder.exists():
+    target = context.workdir / "export"
+    if not target.exists():
         ids = {"eos_token_id": tokenizer.eos_ids[0], "pad_token_id": tokenizer.pad_id}
-        huggingface.save(folder, policy, like=config.start or None, fields=ids)
-        tokenizer.save(folder)
+        huggingface.save(target, policy, like=folder, fields=ids)
+        tokenizer.save(target)
     vocab_size = policy.config.vocab_size
     return {
         "sft": summary | {"frequency_loss": frequency_loss(train, held_out, vocab_size)},
