@@ -3,12 +3,12 @@
     python experiments/own_data.py --model DIR --demonstrations F --preferences F --prompts F
 
 DIR holds a language model and its tokenizer (org/name is fetched from the Hugging Face hub); the
-files are in any layout that `rlhf_jax.data`
-recognises (alpaca, sharegpt, TRL, HH-RLHF, ...). The workdir's `export/` then holds `sft`,
-`reward_model` and `policy`, folders that transformers reads. What is not given is skipped: without
---demonstrations the model is taken as tuned already, with --scorer DIR no reward model is trained,
-without both --preferences and --scorer the run ends after SFT; so each stage starts alone from a
-folder that an earlier one exported. Without --prompts those of the preferences are used.
+files are in any layout that `rlhf_jax.data` recognises (alpaca, sharegpt, TRL, HH-RLHF, ...). The
+workdir's `export/` then holds `sft`, `reward_model` and `policy`, folders that transformers reads.
+What is not given is skipped: without --demonstrations the model is taken as tuned already, with
+--scorer DIR no reward model is trained, without both --preferences and --scorer the run ends after
+SFT; so each stage starts alone from a folder that an earlier one exported. Without --prompts those
+of the preferences are used.
 
 Nobody knows a gold score here. A share of all prompts is held out of every file, and on these the
 tuned policy is compared with the one that SFT left, by a judge that PPO never saw: a second reward

@@ -19,7 +19,8 @@ from rlhf_jax.training.state import OptimizerConfig
 
 
 class Config(configuration.Config):
-    """start: a language model (folder or org/name), or "" for `model` from noise, tuned by `sft` first."""
+    """start: a language model (folder or org/name), or "" for `model` from noise, which `sft`
+    tunes first."""
 
     seed: int = 0
     start: str = ""
