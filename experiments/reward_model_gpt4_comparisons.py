@@ -60,7 +60,7 @@ def gaps_by_model(config, context, scorer, tokenizer, rows: list[tuple[dict, str
         )
         for r, where in rows
     ]
-    examples = batches.comparisons(plain, *sizes)
+    examples = batches.comparisons(plain, *sizes, on_bad_row="drop")
     source = {where: row for row, where in rows}
     kept = [source[where] for where in examples.where]
     loader = Loader(examples, config.reward_model.batch_size, config.seed)
@@ -80,8 +80,8 @@ def run(config: Config, context: Context) -> dict:
     folder = context.data / "preference"
     sizes = (tokenizer, config.max_prompt, config.max_response)
 
-    def read(name, format=None):
-        return batches.comparisons(builders.load(folder / name), *sizes, format=format)
+    def read(rows):
+        return batches.comparisons(rows, *sizes, on_bad_row="drop")  # some answers are empty
 
     train, tests = ([], []), {}
     for language in ("en", "zh"):
@@ -89,9 +89,9 @@ def run(config: Config, context: Context) -> dict:
         rows, held_out = mixing.split(rows, config.held_out)
         train[0].extend(rows)
         train[1].extend(held_out)
-        tests[f"gpt4_{language}"] = batches.comparisons(held_out, *sizes)
-    tests |= {name: read(file) for name, file in PEOPLE.items()}
-    comparisons = batches.comparisons(train[0], *sizes)
+        tests[f"gpt4_{language}"] = read(held_out)
+    tests |= {name: read(builders.load(folder / file)) for name, file in PEOPLE.items()}
+    comparisons = read(train[0])
     pipeline.introduce(context, "comparisons", comparisons, tests["gpt4_en"], tokenizer)
     judged = builders.load(folder / "alpaca_eval_gpt4.jsonl.gz")
     judged = [judged[i] for i in range(0, len(judged), len(judged) // config.alpaca_eval_rows)]

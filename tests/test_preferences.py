@@ -1,0 +1,109 @@
+"""The experiments on real preferences and answers, at toy size."""
+
+import dataclasses
+import gzip
+import json
+
+import numpy as np
+import pytest
+from test_experiments import ONE_DEVICE, caches, experiment
+
+from rlhf_jax import launch
+
+__all__ = ["caches"]  # a fixture that applies itself
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+
+@pytest.fixture
+def few(tmp_path, real_data):
+    """The folder of real data with a few rows of each file, spread over it."""
+    folder = tmp_path / "data"
+    for name, count in (
+        ("preference/hh_harmless_base_test.jsonl.gz", 90),
+        ("preference/comparison_gpt4_en.json", 60),
+        ("preference/comparison_gpt4_zh.json", 60),
+        ("preference/pandalm_testset_v1.json", 20),
+        ("preference/oasst_rm_zh.json", 40),
+        ("preference/alpaca_eval_gpt4.jsonl.gz", 60),
+        ("sft/alpaca_zh_demo.json", 60),
+        ("sft/oasst_sft_zh.json", 30),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".gz"):
+            lines = gzip.open(real_data / name, "rt", encoding="utf-8").readlines()
+            lines = lines[:: len(lines) // count]
+            with gzip.open(folder / name, "wt", encoding="utf-8") as file:
+                file.writelines(lines)
+        else:
+            rows = json.loads((real_data / name).read_text(encoding="utf-8"))
+            rows = rows[:: len(rows) // count]
+            (folder / name).write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "tokenizers").symlink_to(real_data / "tokenizers")
+    return folder
+
+
+def small(config, **changes):
+    shape = dataclasses.replace(
+        config.model, num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=32
+    )
+    return dataclasses.replace(
+        config,
+        model=shape,
+        sft=dataclasses.replace(config.sft, num_steps=2, batch_size=4),
+        **changes,
+    )
+
+
+def small_preferences(config, **changes):
+    scorer = dataclasses.replace(config.reward_model, num_steps=2, batch_size=8)
+    return small(config, reward_model=scorer, **changes)
+
+
+def start(name, config, tmp_path, data):
+    arguments = ["--workdir", str(tmp_path / "run"), "--data", str(data), *ONE_DEVICE]
+    return launch.launch(experiment(name).run, config, arguments)
+
+
+def test_the_model_of_harmlessness_is_measured_beside_length(tmp_path, few):
+    config = small_preferences(experiment("reward_model_harmless").config)
+    summary = start("reward_model_harmless", config, tmp_path, few)
+    for side in ("train", "held_out"):
+        found = summary["reward_model"][side]
+        assert found["accuracy_low"] <= found["accuracy"] <= found["accuracy_high"]
+        assert found["longer_wins"] + found["shorter_wins"] == pytest.approx(1.0)
+    assert summary["reward_model"]["train"]["pairs"] > summary["reward_model"]["held_out"]["pairs"]
+
+
+def test_both_losses_are_measured_on_gpt4_on_people_and_by_model(tmp_path, few):
+    config = experiment("reward_model_gpt4_comparisons").config
+    config = small_preferences(config, alpaca_eval_rows=40)
+    summary = start("reward_model_gpt4_comparisons", config, tmp_path, few)["reward_model"]
+    assert summary.keys() == {"rank", "regression"}
+    for figures in summary.values():
+        assert {"gpt4_en", "gpt4_zh", "pandalm_en", "oasst_zh", "alpaca_eval"} == figures.keys()
+        judged = figures["alpaca_eval"]
+        assert judged["gap"].keys() == judged["gpt4_win_rate"].keys()
+        assert all(0.0 <= rate <= 1.0 for rate in judged["gpt4_win_rate"].values())
+        assert -1.0 <= judged["order"] <= 1.0 and 8 < len(judged["gap"]) <= 16
+    assert summary["rank"] != summary["regression"]
+
+
+def test_chinese_answers_are_packed_learned_and_exported(tmp_path, few):
+    config = small(experiment("sft_alpaca_zh").config)
+    summary = start("sft_alpaca_zh", config, tmp_path, few)
+    assert summary["utilisation"]["packed"] > summary["utilisation"]["plain"]
+    # Frequencies of a few rows beat the uniform distribution; two steps of noise hardly do.
+    assert 4.0 < summary["sft"]["frequency_loss"] < np.log(6400) < summary["sft"]["eval_loss"] + 0.5
+    exported = {path.name for path in (tmp_path / "run" / "export").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= exported
+
+
+@pytest.mark.parametrize(
+    "name", ["reward_model_harmless", "reward_model_gpt4_comparisons", "sft_alpaca_zh"]
+)
+def test_without_data_they_say_how_to_name_it(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RLHF_JAX_DATA", raising=False)
+    module = experiment(name)
+    with pytest.raises(SystemExit) as stopped:
+        launch.launch(module.run, module.config, ["--workdir", str(tmp_path / "x"), *ONE_DEVICE])
+    assert stopped.value.code == 2 and "--data DIR" in capsys.readouterr().err
