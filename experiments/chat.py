@@ -83,7 +83,10 @@ def load(folder: pathlib.Path, sampling: Sampling) -> Speaker:
     """The speaker of a Hugging Face folder. Raises ValueError, also for what it cannot sample."""
     if (folder / "metrics.jsonl").is_file():
         raise ValueError(f"{folder}: the folder of a run; name the model folder that it exported")
+    folder = huggingface.fetch(folder)
     model, tokenizer = huggingface.load(folder), tokenizers.from_folder(folder)
+    if "score" in model.weights:
+        raise ValueError(f"{folder}: a reward model, which writes nothing; name a language model")
     tokenizers.check_vocab(tokenizer, model.config.vocab_size)
     sampling.check(model.config.max_length)
     return Speaker(model, tokenizer)

@@ -18,19 +18,25 @@ can share its mistakes: read the table of samples too.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Literal
+import pathlib
+import sys
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from rlhf_jax import pipeline
 from rlhf_jax.algorithms import ppo, reward_model, sft
-from rlhf_jax.data import batches, builders, mixing, tokenizers
+from rlhf_jax.data import batches, builders, formats, mixing, tokenizers
+from rlhf_jax.data.batches import Examples
 from rlhf_jax.launch import Context, launch
-from rlhf_jax.models import huggingface, lora, transformer
+from rlhf_jax.models import huggingface, lora
+from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import agreement, learned
 from rlhf_jax.training.state import OptimizerConfig
+
+sys.path.append(str(pathlib.Path(__file__).parent))
+import preferences
 
 
 class Config(pipeline.AlignmentConfig):
@@ -73,64 +79,78 @@ config = Config(
 )
 
 
-def open_tokenizer(folder: str, plain_template: bool) -> tokenizers.Tokenizer:
+def open_tokenizer(folder: pathlib.Path, plain_template: bool) -> tokenizers.Tokenizer:
     """The folder's tokenizer, with the plain chat template where one is asked for."""
     tokenizer = tokenizers.from_folder(folder)
     return tokenizer.with_template(tokenizers.PLAIN_TEMPLATE) if plain_template else tokenizer
 
 
-def open_scorer(config: Config, context: Context, tokenizer: tokenizers.Tokenizer):
+def open_scorer(config: Config, context: Context, tokenizer: tokenizers.Tokenizer) -> Model:
     """The reward model of a folder. Raises ValueError unless it reads what the policy writes."""
-    theirs = open_tokenizer(config.scorer, config.plain_template)
-    tokenizers.check_same(tokenizer, theirs)
-    return huggingface.load(config.scorer, context.mesh)
+    folder = huggingface.fetch(config.scorer)
+    tokenizers.check_same(tokenizer, open_tokenizer(folder, config.plain_template))
+    scorer = huggingface.load(folder, context.mesh)
+    if "score" not in scorer.weights:
+        raise ValueError(f"{config.scorer}: a language model, where a reward model is needed")
+    tokenizers.check_vocab(tokenizer, scorer.config.vocab_size)
+    return scorer
 
 
-class Files:
-    """The user's rows, train and held out, read once; no prompt is on both sides of any file."""
+class Data(NamedTuple):
+    """The user's files, tokenised; None where there is none. (training part, held-out part) each.
 
-    def __init__(self, config: Config, tokenizer: tokenizers.Tokenizer):
-        self.config, self.tokenizer = config, tokenizer
+    first, second: halves of the comparisons to train on, without a prompt in common.
+    """
 
-    def split(self, name: str) -> tuple[list, list]:
-        """(training rows, held-out rows) of a file, and an error where nothing is held out."""
-        path = getattr(self.config, name)
-        rows = builders.load(path, on_bad_row=self.config.on_bad_row)
-        rows, held_out = mixing.split(rows, self.config.held_out)
+    demonstrations: tuple[Examples, Examples] | None
+    first: Examples | None
+    second: Examples | None
+    comparisons_eval: Examples | None
+    prompts: tuple[Examples, Examples] | None
+
+
+def read(config: Config, tokenizer: tokenizers.Tokenizer) -> Data:
+    """Reads all files before anything is trained. Raises ValueError for what no stage can use."""
+    sizes = (tokenizer, config.max_prompt, config.max_response)
+    strict = {"on_bad_row": config.on_bad_row}
+
+    def split(path: str) -> tuple[list, list]:
+        rows, held_out = mixing.split(builders.load(path, **strict), config.held_out)
         if not rows or not held_out:
             raise ValueError(
                 f"{path}: {len(rows)} rows to train on and {len(held_out)} held out; give more "
-                f"rows or another held_out than {self.config.held_out}"
+                f"rows or another held_out than {config.held_out}"
             )
         return rows, held_out
 
-    def demonstrations(self, rows: list) -> batches.Examples:
-        c = self.config
-        sizes = (self.tokenizer, c.max_prompt, c.max_response)
-        return batches.demonstrations(rows, *sizes, on_bad_row=c.on_bad_row)
+    def chats(rows: list) -> bool:
+        return not isinstance(formats.prompt(*rows[0]).prompt, str)
 
-    def comparisons(self, rows: list) -> batches.Examples:
-        c = self.config
-        sizes = (self.tokenizer, c.max_prompt, c.max_response)
-        return batches.comparisons(rows, *sizes, on_bad_row=c.on_bad_row)
-
-    def prompts(self, rows: list) -> batches.Examples:
-        c = self.config
-        return batches.prompts(rows, self.tokenizer, c.max_prompt, on_bad_row=c.on_bad_row)
-
-
-def export(config: Config, context: Context, name: str, model, tokenizer) -> None:
-    """Writes workdir/export/name, unless an earlier process of this run has."""
-    folder = context.workdir / "export" / name
-    if folder.exists():
-        return
-    model = lora.merge(model)
-    head = "score" if name == "reward_model" else "lm"
-    if head == "score":
-        model = transformer.without_score_bias(model)
-    ids = {"eos_token_id": tokenizer.eos_ids[0], "pad_token_id": tokenizer.pad_id}
-    huggingface.save(folder, model, like=config.model, head=head, fields=ids)
-    tokenizer.save(folder)
+    files = (config.demonstrations, config.preferences, config.prompts)
+    told, ranked, asked = (split(path) if path else None for path in files)
+    found = dict.fromkeys(Data._fields)
+    if told:
+        found["demonstrations"] = tuple(
+            batches.demonstrations(rows, *sizes, **strict) for rows in told
+        )
+    if ranked:
+        parts = (*mixing.split(ranked[0], 0.5, seed=1), ranked[1])
+        names = ("first", "second", "comparisons_eval")
+        found |= {n: batches.comparisons(x, *sizes, **strict) for n, x in zip(names, parts)}
+    if asked or ranked:
+        # Plain prompts are asked as the other files ask: through the template where they are chats.
+        chat = any(chats(rows[0]) for rows in (told, ranked) if rows)
+        found["prompts"] = tuple(
+            batches.prompts(
+                rows,
+                tokenizer,
+                config.max_prompt,
+                format=formats.as_messages() if chat else None,
+                **strict,
+            )
+            for rows in asked or ranked
+        )
+    return Data(**found)
 
 
 def judged(config: Config, context: Context, task: pipeline.Task, judge, before, after) -> dict:
@@ -150,49 +170,47 @@ def run(config: Config, context: Context) -> dict:
     """The stages whose inputs are given; returns the summary."""
     if not config.model:
         raise ValueError("--model is missing: name the folder of a language model")
-    config = dataclasses.replace(config, model=str(huggingface.fetch(config.model)))
-    tokenizer = open_tokenizer(config.model, config.plain_template)
-    policy = huggingface.load(config.model, context.mesh)
+    if config.judge_draws < 1:
+        raise ValueError(f"judge_draws={config.judge_draws} must be at least 1")
+    base = huggingface.fetch(config.model)
+    tokenizer = open_tokenizer(base, config.plain_template)
+    policy = preferences.language_model(base, tokenizer, context)
     pipeline.check(config, context.mesh, policy.config, config.max_prompt)
-    files, clock, summary = Files(config, tokenizer), pipeline.Clock(), {}
+    scorer = open_scorer(config, context, tokenizer) if config.scorer else None
+    data, clock, summary = read(config, tokenizer), pipeline.Clock(), {}
+    if scorer is not None and data.prompts is None:
+        raise ValueError("--prompts is missing: PPO needs prompts, and no preferences have any")
     if config.lora_rank:
         adapter = lora.Config(rank=config.lora_rank)
         policy = lora.attach(policy, adapter, jax.random.key(config.seed))
-    if config.demonstrations:
-        with clock("sft"):
-            examples = [files.demonstrations(rows) for rows in files.split("demonstrations")]
-            policy, summary["sft"] = pipeline.fine_tune(
-                config, context, policy, tokenizer, *examples
-            )
-            export(config, context, "sft", policy, tokenizer)
-    if not config.preferences and not config.scorer:
-        return summary | {"seconds": clock.seconds}
 
+    def export(name: str, model: Model) -> None:
+        (context.workdir / "export").mkdir(exist_ok=True)
+        preferences.export(context.workdir / "export" / name, model, tokenizer, base)
+
+    if data.demonstrations:
+        with clock("sft"):
+            policy, summary["sft"] = pipeline.fine_tune(
+                config, context, policy, tokenizer, *data.demonstrations
+            )
+            export("sft", policy)
+    if data.first is None and scorer is None:
+        return summary | {"seconds": clock.seconds}
+    task = pipeline.Task(
+        tokenizer, data.first, data.comparisons_eval, data.first, *(data.prompts or (None, None))
+    )
     judge = None
-    scorer = open_scorer(config, context, tokenizer) if config.scorer else None
-    source = "prompts" if config.prompts else "preferences"
-    if not config.prompts and not config.preferences:
-        raise ValueError("--prompts is missing: PPO needs prompts, and no preferences have any")
-    task = pipeline.Task(tokenizer, None, None, None, *map(files.prompts, files.split(source)))
-    if config.preferences:
-        rows, held_out = files.split("preferences")
-        halves = mixing.split(rows, 0.5, seed=1)
-        first, second, eval_ = map(files.comparisons, (*halves, held_out))
-        task = task._replace(comparisons_eval=eval_)
-        for name, half in (("reward_model", first), ("judge", second)):
-            if name == "reward_model" and scorer is not None:
-                continue
-            with clock(name):
-                part = task._replace(comparisons=half, centre_on=half)
-                trained, summary[name] = pipeline.train_scorer(config, context, part, policy, name)
-            if name == "judge":
-                judge = trained
-            else:
-                scorer = trained
-                export(config, context, name, scorer, tokenizer)
+    if scorer is None:
+        with clock("reward_model"):
+            scorer, summary["reward_model"] = pipeline.train_scorer(config, context, task, policy)
+            export("reward_model", scorer)
+    if data.second is not None:
+        with clock("judge"):
+            other = task._replace(comparisons=data.second, centre_on=data.second)
+            judge, summary["judge"] = pipeline.train_scorer(config, context, other, policy, "judge")
     with clock("ppo"):
         tuned = pipeline.optimise(config, context, task, policy, scorer).policy
-        export(config, context, "policy", tuned, tokenizer)
+        export("policy", tuned)
     with clock("evaluation"):
         compared = pipeline.compare(config, context, task, policy, tuned, scorer)
         summary["ppo"] = pipeline.summarise(config, compared)

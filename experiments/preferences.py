@@ -1,4 +1,4 @@
-"""What the experiments on preference data share: a small model to start from, and the figures.
+"""What the experiments on real data share: models in and out, a small one to start from, figures.
 
 A reward model should start from a language model. Where none is given by `start`, one of a few
 million parameters first learns to write the preferred answers, and is then made a scorer.
@@ -6,13 +6,17 @@ million parameters first learns to write the preferred answers, and is then made
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
+import shutil
+
 from rlhf_jax import config as configuration
 from rlhf_jax import pipeline
 from rlhf_jax.algorithms import reward_model, sft
 from rlhf_jax.data import batches, tokenizers
 from rlhf_jax.data.batches import Examples, Loader
 from rlhf_jax.launch import Context
-from rlhf_jax.models import huggingface, transformer
+from rlhf_jax.models import huggingface, lora, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import agreement
 from rlhf_jax.training.state import OptimizerConfig
@@ -59,10 +63,38 @@ def open_tokenizer(config: Config, context: Context) -> tokenizers.Tokenizer:
     return tokenizers.from_folder(context.data / "tokenizers" / "minimind")
 
 
+def language_model(name: str, tokenizer: tokenizers.Tokenizer, context: Context) -> Model:
+    """The model of a folder or of the hub; ValueError if it cannot read what the tokenizer says."""
+    model = huggingface.load(huggingface.fetch(name), context.mesh)
+    if "score" in model.weights:
+        raise ValueError(f"{name}: a reward model, where a language model is needed")
+    tokenizers.check_vocab(tokenizer, model.config.vocab_size)
+    return model
+
+
+def export(folder: pathlib.Path, model: Model, tokenizer, like: str | pathlib.Path | None) -> None:
+    """Writes model and tokenizer as a Hugging Face folder, whole or not at all.
+
+    An adapter is merged, a model with a scalar head written as a reward model. Replaces what is
+    there.
+    """
+    writing = folder.with_name(f".{folder.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    head = "score" if "score" in model.weights else "lm"
+    model = lora.merge(model)
+    if head == "score":
+        model = transformer.without_score_bias(model)
+    ids = {"eos_token_id": tokenizer.eos_ids[0], "pad_token_id": tokenizer.pad_id}
+    huggingface.save(writing, model, like=like, head=head, fields=ids)
+    tokenizer.save(writing)
+    shutil.rmtree(folder, ignore_errors=True)
+    writing.rename(folder)
+
+
 def starting_model(config: Config, context: Context, tokenizer, rows: list, held_out: list):
     """(language model, {"eval_loss"}): that of `start` as it is, or a new one tuned on `rows`."""
     if config.start:
-        return huggingface.load(huggingface.fetch(config.start), context.mesh), {}
+        return language_model(config.start, tokenizer, context), {}
     sizes = (tokenizer, config.max_prompt, config.max_response)
     answers = [batches.demonstrations(part, *sizes, on_bad_row="drop") for part in (rows, held_out)]
     initial = pipeline.new_model(config.model, context, config.seed)
@@ -78,7 +110,7 @@ def train(
     name: str = "reward_model",
 ) -> Model:
     """A scorer that starts as `policy`."""
-    settings = config.reward_model
+    settings = dataclasses.replace(config.reward_model, seed=config.seed + config.reward_model.seed)
     with pipeline.stage_checkpoints(context, name) as checkpoints:
         return reward_model.run(
             settings,

@@ -23,6 +23,8 @@ import numpy as np
 import tyro
 
 from rlhf_jax.data import builders
+from rlhf_jax.data import chat as templates
+from rlhf_jax.data.schema import Message
 from rlhf_jax.launch import command
 from rlhf_jax.sampling import decode
 from rlhf_jax.training.metrics import write_atomically
@@ -78,7 +80,7 @@ def answers(
     ids = [
         tokenizer.encode_prompt(prompt)
         if isinstance(prompt, str)
-        else chat.render(tokenizer, prompt)
+        else templates.prompt(tokenizer, [Message(m["role"], m["content"]) for m in prompt])
         for prompt in prompts
     ]
     alike = defaultdict(list)

@@ -11,7 +11,7 @@ its own kind, on human labels, and on the AlpacaEval rows: how far it puts each 
 text-davinci-003, and whether that orders the 16 models as GPT-4's verdicts do. A scorer that is
 right about GPT-4 and not about people has learned GPT-4's style. `start` takes a full-size model:
 
-    python experiments/reward_model_gpt4_comparisons.py --data DIR --start Qwen2.5-0.5B \
+    python experiments/reward_model_gpt4_comparisons.py --data DIR --start Qwen/Qwen2.5-0.5B \
         --reward-model.num-steps 130 --reward-model.optimizer.learning-rate 1e-5 --max-prompt 512
 """
 
@@ -74,8 +74,26 @@ def gaps_by_model(config, context, scorer, tokenizer, rows: list[tuple[dict, str
     return {"rows": len(kept), "order": order, "gap": gap, "gpt4_win_rate": wins}
 
 
+def sides(english: list, chinese: list, share: float) -> dict[str, list[list]]:
+    """{"en", "zh"}: [training rows, held-out rows].
+
+    Row i in Chinese is the translation of row i in English, so both go to the same side; the rows
+    that only the Chinese file has follow their own prompts.
+    """
+    out = {where for _, where in mixing.split(english, share)[1]}
+    more = mixing.split(chinese[len(english) :], share)
+    held_out = [where in out for _, where in english]
+    pick = lambda rows, side: [r for r, o in zip(rows, held_out) if o is side]  # noqa: E731
+    return {
+        "en": [pick(english, side) for side in (False, True)],
+        "zh": [pick(chinese, side) + more[side] for side in (False, True)],
+    }
+
+
 def run(config: Config, context: Context) -> dict:
     """Trains both scorers, measures both on everything; returns the summary."""
+    if config.alpaca_eval_rows < 1:
+        raise ValueError(f"alpaca_eval_rows={config.alpaca_eval_rows} must be at least 1")
     tokenizer = preferences.open_tokenizer(config, context)
     folder = context.data / "preference"
     sizes = (tokenizer, config.max_prompt, config.max_response)
@@ -83,18 +101,19 @@ def run(config: Config, context: Context) -> dict:
     def read(rows):
         return batches.comparisons(rows, *sizes, on_bad_row="drop")  # some answers are empty
 
-    train, tests = ([], []), {}
-    for language in ("en", "zh"):
-        rows = builders.load(folder / f"comparison_gpt4_{language}.json")
-        rows, held_out = mixing.split(rows, config.held_out)
-        train[0].extend(rows)
-        train[1].extend(held_out)
-        tests[f"gpt4_{language}"] = read(held_out)
+    english, chinese = (
+        list(builders.load(folder / f"comparison_gpt4_{language}.json"))
+        for language in ("en", "zh")
+    )
+    parts = sides(english, chinese, config.held_out)
+    train = [en + zh for en, zh in zip(*parts.values())]
+    tests = {f"gpt4_{language}": read(held_out) for language, (_, held_out) in parts.items()}
     tests |= {name: read(builders.load(folder / file)) for name, file in PEOPLE.items()}
     comparisons = read(train[0])
     pipeline.introduce(context, "comparisons", comparisons, tests["gpt4_en"], tokenizer)
     judged = builders.load(folder / "alpaca_eval_gpt4.jsonl.gz")
-    judged = [judged[i] for i in range(0, len(judged), len(judged) // config.alpaca_eval_rows)]
+    count = min(config.alpaca_eval_rows, len(judged))
+    judged = [judged[int(i)] for i in np.linspace(0, len(judged) - 1, count)]
 
     clock, figures = pipeline.Clock(), {}
     with clock("sft"):

@@ -10,7 +10,7 @@ parameters and a hundred times the data.
 
 From a full-size model:
 
-    python experiments/reward_model_harmless.py --data DIR --start Qwen2.5-0.5B \
+    python experiments/reward_model_harmless.py --data DIR --start Qwen/Qwen2.5-0.5B \
         --reward-model.num-steps 85 --reward-model.optimizer.learning-rate 1e-5 --max-prompt 512
 """
 

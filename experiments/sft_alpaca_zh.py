@@ -10,13 +10,16 @@ of the best memoryless model, the tokens' own frequencies. Documents are packed.
 
 A full-size model starts from its folder instead, with all other settings on the command line:
 
-    python experiments/sft_alpaca_zh.py --data DIR --start Qwen2.5-0.5B --sft.num-steps 300 \
+    python experiments/sft_alpaca_zh.py --data DIR --start Qwen/Qwen2.5-0.5B --sft.num-steps 300 \
         --sft.optimizer.learning-rate 1e-5 --max-prompt 512 --max-response 512
 
 `export/` in the workdir is a folder that transformers and `own_data.py --model` read.
 """
 
 from __future__ import annotations
+
+import pathlib
+import sys
 
 import numpy as np
 
@@ -27,6 +30,9 @@ from rlhf_jax.data import batches, builders, mixing, tokenizers
 from rlhf_jax.launch import Context, launch
 from rlhf_jax.models import huggingface, transformer
 from rlhf_jax.training.state import OptimizerConfig
+
+sys.path.append(str(pathlib.Path(__file__).parent))
+import preferences
 
 
 class Config(configuration.Config):
@@ -92,15 +98,11 @@ def run(config: Config, context: Context) -> dict:
     clock = pipeline.Clock()
     with clock("sft"):
         if folder:
-            initial = huggingface.load(folder, context.mesh)
+            initial = preferences.language_model(config.start, tokenizer, context)
         else:
             initial = pipeline.new_model(config.model, context, config.seed)
         policy, summary = pipeline.fine_tune(config, context, initial, tokenizer, packed, held_out)
-    target = context.workdir / "export"
-    if not target.exists():
-        ids = {"eos_token_id": tokenizer.eos_ids[0], "pad_token_id": tokenizer.pad_id}
-        huggingface.save(target, policy, like=folder, fields=ids)
-        tokenizer.save(target)
+    preferences.export(context.workdir / "export", policy, tokenizer, folder)
     vocab_size = policy.config.vocab_size
     return {
         "sft": summary | {"frequency_loss": frequency_loss(train, held_out, vocab_size)},

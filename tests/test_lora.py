@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 
 from rlhf_jax.algorithms import ppo, reward_model, sft
@@ -96,6 +97,7 @@ def test_parts_join_to_the_whole_and_a_model_without_adapter_is_all_trained():
     [
         (lora.Config(rank=0), "rank=0 must be at least 1"),
         (lora.Config(targets=("query", "qkv")), r"targets=\['qkv'\]"),
+        (lora.Config(targets=("query", "head")), r"targets=\['head'\]"),  # never read there
     ],
 )
 def test_bad_adapters_are_refused(config, message):
@@ -244,9 +246,22 @@ def test_adapters_that_are_not_plain_lora_are_refused(tmp_path):
     plain = json.loads(record.read_text())
     for change, message in (
         ({"use_dora": True}, "use_dora=True is not plain LoRA"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not plain LoRA"),
+        ({"lora_alpha": None}, "lora_alpha=None must be a positive number"),
         ({"r": 3}, r"q_proj.lora_A.weight has shape \(2, 32\)"),
     ):
         record.write_text(json.dumps(plain | change))
+        with pytest.raises(ValueError, match=message):
+            huggingface.load_adapter(adapter, base, like=folder)
+    record.write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match="has an adapter already"):
+        huggingface.load_adapter(adapter, model, like=folder)
+    with pytest.raises(ValueError, match="save lora.merge"):
+        huggingface.save(tmp_path / "whole", model, like=folder)
+    tensors = safetensors.numpy.load_file(adapter / "adapter_model.safetensors")
+    tensors.pop(min(tensors))
+    for kept, message in ((tensors, "one of lora_A and lora_B"), ({}, "holds no adapter")):
+        safetensors.numpy.save_file(kept, adapter / "adapter_model.safetensors")
         with pytest.raises(ValueError, match=message):
             huggingface.load_adapter(adapter, base, like=folder)
     record.unlink()

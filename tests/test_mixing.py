@@ -126,3 +126,13 @@ def test_the_packed_loss_is_the_loss_of_the_same_documents_unpacked():
     assert len(packed) < len(plain)
     assert int(counted["num_tokens"]) == int(packed_counted["num_tokens"])
     np.testing.assert_allclose(together, apart, rtol=1e-5)
+
+
+@pytest.mark.parametrize("extra", [{"responses": ["a", "b"]}, {"completion": None}, {"text": "x"}])
+def test_rows_that_only_hold_a_prompt_are_split_by_it_whatever_else_they_hold(extra):
+    plain = [{"prompt": f"What is {i}?"} for i in range(60)]
+    train, held_out = mixing.split(plain, 0.3)
+    both = mixing.split([*plain, *(row | extra for row in plain)], 0.3)
+    assert [len(part) for part in both] == [2 * len(train), 2 * len(held_out)]
+    asked = [{row["prompt"] for row, _ in part} for part in both]
+    assert not asked[0] & asked[1]

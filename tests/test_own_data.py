@@ -132,3 +132,37 @@ def test_no_model_and_no_prompts_are_one_line(tmp_path, real_data, capsys):
     with pytest.raises(SystemExit):
         start(small(own_data), tmp_path / "run")
     assert "--model is missing" in capsys.readouterr().err
+
+
+def test_folders_of_the_wrong_kind_are_refused_before_anything_is_trained(
+    tmp_path, files, real_data, capsys
+):
+    own_data = experiment("own_data")
+    model = str(real_data / "models" / "stories260K")
+    config = small(own_data, model=model, scorer=model, **files)
+    with pytest.raises(SystemExit):
+        start(config, tmp_path / "run")
+    assert "a language model, where a reward model is needed" in capsys.readouterr().err
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(real_data / "models" / "stories260K" / name)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).symlink_to(real_data / "tokenizers" / "minimind" / name)
+    with pytest.raises(SystemExit):
+        start(small(own_data, model=str(folder), preferences=files["preferences"]), tmp_path / "x")
+    assert "the tokenizer has ids up to" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists() and not (tmp_path / "x").exists()
+
+
+def test_more_iterations_replace_the_exported_policy(tmp_path, files, real_data):
+    own_data = experiment("own_data")
+    model = str(real_data / "models" / "stories260K")
+    config = small(own_data, model=model, preferences=files["preferences"])
+    start(config, tmp_path / "run")
+    file = tmp_path / "run" / "export" / "policy" / "model.safetensors"
+    before = file.read_bytes()
+    longer = dataclasses.replace(config.ppo, num_iterations=3)
+    start(dataclasses.replace(config, ppo=longer), tmp_path / "run")
+    assert file.read_bytes() != before
+    assert not list(file.parents[1].glob(".*"))

@@ -82,7 +82,7 @@ def ranked_responses(row: Row, where: str) -> Example:
     scores = schema.items(row, "scores", where, COMPARISON) if "scores" in row else []
     only_scores = scores and "ranks" not in row
     ranks = [] if only_scores else schema.items(row, "ranks", where, COMPARISON)
-    if len(responses) < 2:
+    if len(responses) < (1 if only_scores else 2):
         schema.fail(where, f"'responses' holds {len(responses)}; it takes 2 or more", COMPARISON)
     if not only_scores and len(ranks) != len(responses):
         found = f"{len(responses)} 'responses' but {len(ranks)} 'ranks'"

@@ -29,9 +29,8 @@ def split(
     parts: tuple[list, list] = ([], [])
     for number, item in enumerate(rows, 1):
         row, where = item if isinstance(item, tuple) else (item, f"row {number}")
-        try:
-            prompt = _prompt_text(formats.read(row, where, format))
-        except BadRow:
+        prompt = _prompt_text(row, where, format)
+        if prompt is None:
             parts[0].append((row, where))
             continue
         text = " ".join(unicodedata.normalize("NFKC", prompt).lower().split())
@@ -40,7 +39,15 @@ def split(
     return parts
 
 
-def _prompt_text(example: formats.Example) -> str:
+def _prompt_text(row, where: str, format: formats.Format) -> str | None:
+    """What tells prompts apart; None for a row that holds none, however it is read."""
+    try:
+        example = formats.read(row, where, format)
+    except BadRow:
+        try:  # what is no demonstration or comparison can still be a prompt
+            example = formats.prompt(row, where, format)
+        except BadRow:
+            return None
     if isinstance(example.prompt, str):
         return example.prompt or example.completion
     return "\n".join(turn.content for turn in example.prompt)

@@ -17,7 +17,7 @@ import safetensors
 import safetensors.numpy
 
 from rlhf_jax import sharding
-from rlhf_jax.models import configs, families, transformer
+from rlhf_jax.models import configs, families, lora, transformer
 
 PICKLED = re.compile(r"pytorch_model.*\.bin|.*\.(pt|pth|ckpt)")
 
@@ -266,6 +266,8 @@ def save(
     finds the last token by `pad_token_id`, which must be set and not be an EOS id.
     """
     folder = pathlib.Path(folder)
+    if lora.has_adapter(model):
+        raise ValueError("the model has an adapter; save lora.merge(model), or save_adapter")
     head = _which_head(model, head)
     record = _export_fields(model, like, head == "score", fields)
     family, _ = configs.family_of(record)
@@ -376,6 +378,9 @@ PLAIN_LORA = {
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "lora_bias": (False, None),
+    "init_lora_weights": (True, False, "gaussian", None),  # the others change the base
+    "use_qalora": (False, None),
+    "alora_invocation_tokens": (None,),
 }
 
 
@@ -434,8 +439,10 @@ def load_adapter(
     for name, plain in PLAIN_LORA.items():
         if settings.get(name, plain[0]) not in plain:
             raise ValueError(f"{record}: {name}={settings[name]!r} is not plain LoRA")
+    if lora.has_adapter(model):
+        raise ValueError("the model has an adapter already; load this one onto its base")
     rank = configs.whole("r", settings.get("r"), str(record))
-    scale = jnp.float32(settings.get("lora_alpha", 8) / rank)
+    alpha = configs.real("lora_alpha", settings.get("lora_alpha", 8), str(record))
     stored = safetensors.numpy.load_file(file)
     family, _ = configs.family_of(_fields_of(pathlib.Path(like)))
     weights = jax.tree.map(lambda x: x, model.weights)  # the dictionaries anew, not the arrays
@@ -455,10 +462,15 @@ def load_adapter(
                     )
         if len(found) == 2:
             a, b = (jnp.asarray(x.T, jnp.float32) for x in found)
-            node |= {"lora_a": a, "lora_b": b, "lora_scale": scale}
+            node |= {"lora_a": a, "lora_b": b, "lora_scale": jnp.float32(alpha / rank)}
+        elif found:
+            raise ValueError(f"{file}: {kernel} has one of lora_A and lora_B, not both")
     if stored:
         raise ValueError(f"{file}: tensor {min(stored)} has no place in the model")
-    return dataclasses.replace(model, weights=weights)
+    model = dataclasses.replace(model, weights=weights)
+    if not lora.has_adapter(model):
+        raise ValueError(f"{file}: holds no adapter of this model")
+    return model
 
 
 def _kernels(weights: dict, family):

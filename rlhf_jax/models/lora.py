@@ -48,7 +48,7 @@ def attach(model: Model, config: Config, key: Array) -> Model:
     found = set()
 
     def add(path: tuple, node: dict, number: list[int]) -> dict:
-        if path and path[-1] in config.targets and "kernel" in node:
+        if len(path) > 1 and path[-1] in config.targets and "kernel" in node:  # heads have none
             found.add(path[-1])
             number[0] += 1
             size, out = node["kernel"].shape
