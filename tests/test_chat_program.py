@@ -165,7 +165,7 @@ def test_a_folder_without_a_model_is_one_line_and_exit_code_2(
 def test_answers_do_not_depend_on_the_batch(chat, experiment, speaker):
     respond = experiment("respond")
     sampling = chat.Sampling(max_new_tokens=8, temperature=1.5)
-    prompts = ["ab", "cde", [{"role": "user", "content": "fg"}]]
+    prompts = ["ab", "cde", "fg"]
     few = respond.answers(speaker, sampling, prompts, 3, 2)
     many = respond.answers(speaker, sampling, prompts, 3, 16)
     assert few == many and [len(texts) for texts in few] == [3, 3, 3]
@@ -174,6 +174,8 @@ def test_answers_do_not_depend_on_the_batch(chat, experiment, speaker):
     ids = tiny.TOKENIZER.encode("cde")
     streamed = chat.spell(tiny.TOKENIZER, ids, chat.stream(speaker, sampling, ids, key))
     assert few[1][2] == "".join(streamed)
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        respond.answers(speaker, sampling, [[{"role": "user", "content": "fg"}]], 1, 1)
 
 
 def test_past_failures_are_answered_by_a_checkpoint_and_labelled(experiment, tmp_path, real_data):
