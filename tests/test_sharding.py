@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import reward_model, sft
 from rlhf_jax.data.batches import Comparisons, Demonstrations
-from rlhf_jax.models import transformer
+from rlhf_jax.models import lora, transformer
 from rlhf_jax.training import state
 
 CONFIG = transformer.Config(
@@ -48,7 +48,12 @@ def make_other(key):
     return transformer.init(dataclasses.replace(CONFIG, **options, **biases), key)
 
 
+def make_adapted(key):
+    return lora.attach(init(key), lora.Config(), key)
+
+
 KINDS = {
+    "adapted": make_adapted,
     "untied": init,
     "tied": functools.partial(init, tied=True),
     "every option": make_other,
