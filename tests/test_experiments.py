@@ -151,6 +151,7 @@ def test_stories_run_on_real_input_at_toy_size(tmp_path, real_data):
             stories.config.ppo, num_iterations=2, batch_size=16, num_epochs=1, save_every=1
         ),
         best_of=2,
+        responses_per_prompt=2,
     )
     arguments = ["--workdir", str(tmp_path / "run"), "--data", str(folder), *ONE_DEVICE]
     summary = launch.launch(stories.run, config, arguments)
