@@ -1,4 +1,4 @@
-"""A small Chinese assistant from nothing but 1,284 answers: supervised fine-tuning, and what of it.
+"""A small Chinese assistant from nothing but 783 answers: supervised fine-tuning, and what of it.
 
     python experiments/sft_alpaca_zh.py --data DIR
 
@@ -7,6 +7,11 @@ Chinese), `sft/oasst_sft_zh.json` (OpenAssistant, with history) and `tokenizers/
 entries, ChatML template). A model of 3 million parameters starts from noise, so it learns what the
 answers look like, not what they say; the figure to read is its held-out cross entropy beside that
 of the best memoryless model, the tokens' own frequencies. Documents are packed.
+
+Result, seed 0, 2 cores of an Intel Xeon, 2026-11-23: of 1,174 training rows 783 fit the limits, in
+274 packed rows of which 99 % is used (35 % unpacked). Held-out cross entropy 6.52 nats a token
+against 7.29 for frequencies alone (training 5.4), in 5 minutes: so few answers teach which characters
+go together, not sentences.
 
 A full-size model starts from its folder instead, with all other settings on the command line:
 
