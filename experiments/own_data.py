@@ -196,9 +196,7 @@ def run(config: Config, context: Context) -> dict:
             export("sft", policy)
     if data.first is None and scorer is None:
         return summary | {"seconds": clock.seconds}
-    task = pipeline.Task(
-        tokenizer, data.first, data.comparisons_eval, data.first, *(data.prompts or (None, None))
-    )
+    task = pipeline.Task(tokenizer, data.first, data.comparisons_eval, data.first, *data.prompts)
     judge = None
     if scorer is None:
         with clock("reward_model"):

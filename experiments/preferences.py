@@ -21,6 +21,19 @@ from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import agreement
 from rlhf_jax.training.state import OptimizerConfig
 
+# Three million parameters, for the tokenizer of 6,400 entries.
+SMALL = transformer.Config(
+    vocab_size=6400,
+    num_layers=4,
+    d_model=192,
+    num_heads=6,
+    num_kv_heads=6,
+    head_dim=32,
+    d_ff=512,
+    max_length=512,
+    tied=True,
+)
+
 
 class Config(configuration.Config):
     """start: a language model (folder or org/name), or "" for `model` from noise, which `sft`
@@ -31,17 +44,7 @@ class Config(configuration.Config):
     max_prompt: int = 192
     max_response: int = 128
     held_out: float = 0.2
-    model: transformer.Config = transformer.Config(
-        vocab_size=6400,
-        num_layers=4,
-        d_model=192,
-        num_heads=6,
-        num_kv_heads=6,
-        head_dim=32,
-        d_ff=512,
-        max_length=512,
-        tied=True,
-    )
+    model: transformer.Config = SMALL
     sft: sft.Config = sft.Config(
         num_steps=150,
         batch_size=16,
@@ -54,12 +57,12 @@ class Config(configuration.Config):
     )
 
 
-def open_tokenizer(config: Config, context: Context) -> tokenizers.Tokenizer:
+def open_tokenizer(start: str, context: Context) -> tokenizers.Tokenizer:
     """The starting model's tokenizer, or the one of 6,400 entries in the folder of real data."""
     if context.data is None:
         raise ValueError("this experiment reads real data: name its folder by --data DIR")
-    if config.start:
-        return tokenizers.from_folder(huggingface.fetch(config.start))
+    if start:
+        return tokenizers.from_folder(huggingface.fetch(start))
     return tokenizers.from_folder(context.data / "tokenizers" / "minimind")
 
 

@@ -94,7 +94,7 @@ def run(config: Config, context: Context) -> dict:
     """Trains both scorers, measures both on everything; returns the summary."""
     if config.alpaca_eval_rows < 1:
         raise ValueError(f"alpaca_eval_rows={config.alpaca_eval_rows} must be at least 1")
-    tokenizer = preferences.open_tokenizer(config, context)
+    tokenizer = preferences.open_tokenizer(config.start, context)
     folder = context.data / "preference"
     sizes = (tokenizer, config.max_prompt, config.max_response)
 

@@ -31,7 +31,7 @@ import numpy as np
 from rlhf_jax import config as configuration
 from rlhf_jax import pipeline
 from rlhf_jax.algorithms import sft
-from rlhf_jax.data import batches, builders, mixing, tokenizers
+from rlhf_jax.data import batches, builders, mixing
 from rlhf_jax.launch import Context, launch
 from rlhf_jax.models import huggingface, transformer
 from rlhf_jax.training.state import OptimizerConfig
@@ -48,17 +48,7 @@ class Config(configuration.Config):
     max_prompt: int = 128
     max_response: int = 256
     held_out: float = 0.1
-    model: transformer.Config = transformer.Config(
-        vocab_size=6400,
-        num_layers=4,
-        d_model=192,
-        num_heads=6,
-        num_kv_heads=6,
-        head_dim=32,
-        d_ff=512,
-        max_length=512,
-        tied=True,
-    )
+    model: transformer.Config = preferences.SMALL
     sft: sft.Config = sft.Config(
         num_steps=300,
         batch_size=8,
@@ -84,10 +74,7 @@ def frequency_loss(train: batches.Examples, held_out: batches.Examples, vocab_si
 
 def run(config: Config, context: Context) -> dict:
     """Trains, exports, returns the summary."""
-    if context.data is None:
-        raise ValueError("this experiment reads real data: name its folder by --data DIR")
-    folder = huggingface.fetch(config.start) if config.start else None
-    tokenizer = tokenizers.from_folder(folder or context.data / "tokenizers" / "minimind")
+    tokenizer = preferences.open_tokenizer(config.start, context)
     sides = ([], [])
     for name in ("alpaca_zh_demo.json", "oasst_sft_zh.json"):
         parts = mixing.split(builders.load(context.data / "sft" / name), config.held_out)
@@ -102,12 +89,13 @@ def run(config: Config, context: Context) -> dict:
     )
     clock = pipeline.Clock()
     with clock("sft"):
-        if folder:
+        if config.start:
             initial = preferences.language_model(config.start, tokenizer, context)
         else:
             initial = pipeline.new_model(config.model, context, config.seed)
         policy, summary = pipeline.fine_tune(config, context, initial, tokenizer, packed, held_out)
-    preferences.export(context.workdir / "export", policy, tokenizer, folder)
+    like = huggingface.fetch(config.start) if config.start else None
+    preferences.export(context.workdir / "export", policy, tokenizer, like)
     vocab_size = policy.config.vocab_size
     return {
         "sft": summary | {"frequency_loss": frequency_loss(train, held_out, vocab_size)},

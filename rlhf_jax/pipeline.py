@@ -238,14 +238,15 @@ def compare(
     best = np.argmax(np.stack([draw.scores for draw in firsts]), axis=0)
     one = lambda field, i: None if field is None else field[i : i + 1]  # noqa: E731
     picked = [Evaluation(*(one(field, i) for field in firsts[k])) for i, k in enumerate(best)]
-    name, judged = ("score", "scores") if task.gold is None else ("gold", "gold")
+    name = "score" if task.gold is None else "gold"
+    of = lambda x, i: round(float((x.scores if task.gold is None else x.gold)[i]), 2)  # noqa: E731
     rows = [
         {
             "prompt": first.prompts[i],
             "before": first.responses[i],
             "after": last.responses[i],
-            f"{name} before": round(float(getattr(first, judged)[i]), 2),
-            f"{name} after": round(float(getattr(last, judged)[i]), 2),
+            f"{name} before": of(first, i),
+            f"{name} after": of(last, i),
         }
         for i in range(min(config.num_shown, len(first.prompts)))
     ]
