@@ -12,9 +12,9 @@ mended, answer one file of them with both checkpoints and judge that:
 
 Claim: the judge cannot know which is which. Sides are drawn for each item; which side was whose is
 not in the page but in the key file beside it, so send only the page. Equal answers are not shown
-and count as ties. The win rate is that of the second, (wins + ties / 2) / judged, with Wilson's
-95 % interval at that rate: where ties, half a win each, are many, the interval is too wide rather
-than too narrow. Skipped items do not count.
+and count as ties, up to the last pair that was judged. The win rate is that of the second,
+(wins + ties / 2) / judged, with Wilson's 95 % interval at that rate: where ties, half a win each,
+are many, the interval is too wide rather than too narrow. Skipped items do not count.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def page(
     seed = secrets.randbits(63) if seed is None else seed
     for prompt, texts, group in pairs:
         if texts[0] == texts[1]:
-            equal.append(group)
+            equal.append({"before": len(shown), "group": group})
             continue
         order = pages.shuffled(seed, len(shown), 2)
         sides.append({"second": ("left", "right")[order.index(1)], "group": group})
@@ -116,7 +116,7 @@ def score(
         key: the file that was written beside the page
     """
     page, sides, equal = read_key(key)
-    outcomes = [("tie", group) for group in equal]
+    outcomes: list[tuple[str, str]] = []
     seen: dict[int, str] = {}
     for row, where in builders.load(verdicts):
         if row.get("page") != page:
@@ -130,11 +130,16 @@ def score(
         side = sides[index]
         won = "win" if verdict == side["second"] else "loss"
         outcomes.append(("tie" if verdict == "tie" else won, side["group"]))
+    if not seen:
+        raise ValueError(f"{verdicts}: no verdicts; judge at least one pair on the page")
+    # Where judging broke off, the equal pairs beyond were not reached either.
+    reached = [pair for pair in equal if pair["before"] <= max(seen) + 1]
+    outcomes += [("tie", pair["group"]) for pair in reached]
     groups = sorted({group for _, group in outcomes})
     rates = {"all": rate([outcome for outcome, _ in outcomes])}
     if len(groups) > 1:
         rates |= {g or "(none)": rate([o for o, of in outcomes if of == g]) for g in groups}
-    print(f"{len(seen)} of {len(sides)} pairs judged; {len(equal)} equal ones count as ties")
+    print(f"{len(seen)} of {len(sides)} pairs judged; {len(reached)} equal ones count as ties")
     for name, (wins, ties, losses, share, low, high) in rates.items():
         print(
             f"{name}: the second wins {share:.1%} [{low:.1%}, {high:.1%}] "
@@ -143,8 +148,8 @@ def score(
     return rates
 
 
-def read_key(path: pathlib.Path) -> tuple[str, list[dict], list[str]]:
-    """(page, sides, groups of the equal pairs) of a key file."""
+def read_key(path: pathlib.Path) -> tuple[str, list[dict], list[dict]]:
+    """(page, sides, equal pairs with the item that each comes before) of a key file."""
     try:
         key = json.loads(path.read_text(encoding="utf-8"))
         return key["page"], key["sides"], key["equal"]

@@ -18,6 +18,7 @@ can share its mistakes: read the table of samples too.
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import sys
 from typing import Literal, NamedTuple
@@ -29,6 +30,7 @@ from rlhf_jax import pipeline
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.data import batches, builders, formats, mixing, tokenizers
 from rlhf_jax.data.batches import Examples
+from rlhf_jax.data.schema import BadRow
 from rlhf_jax.launch import Context, launch
 from rlhf_jax.models import huggingface, lora
 from rlhf_jax.models.transformer import Model
@@ -38,9 +40,14 @@ from rlhf_jax.training.state import OptimizerConfig
 sys.path.append(str(pathlib.Path(__file__).parent))
 import preferences
 
+# "" recognises each row by its fields.
+Format = Literal["", *formats.FORMATS]
+
 
 class Config(pipeline.AlignmentConfig):
     """Files and folders as above; lengths in tokens; `held_out` is a share of the prompts.
+
+    ..._format: for rows whose fields fit several formats, or none but the one that is named.
 
     lora_rank: 0 trains all weights. plain_template: for a tokenizer without a chat template.
     judge_draws: answers a prompt that the judge compares.
@@ -48,8 +55,11 @@ class Config(pipeline.AlignmentConfig):
 
     model: str = ""
     demonstrations: str = ""
+    demonstrations_format: Format = ""
     preferences: str = ""
+    preferences_format: Format = ""
     prompts: str = ""
+    prompts_format: Format = ""
     scorer: str = ""
     held_out: float = 0.1
     max_prompt: int = 128
@@ -109,47 +119,62 @@ class Data(NamedTuple):
     prompts: tuple[Examples, Examples] | None
 
 
+class File(NamedTuple):
+    """Rows with where they stand, split by prompt, and how they are to be read."""
+
+    rows: list
+    held_out: list
+    options: dict
+
+    def examples(self, read, *arguments) -> tuple[Examples, Examples]:
+        """Both parts, tokenised."""
+        return tuple(read(part, *arguments, **self.options) for part in (self.rows, self.held_out))
+
+    def has_chats(self) -> bool:
+        """Whether some prompt is made of messages."""
+        for row, where in self.rows:
+            with contextlib.suppress(BadRow):
+                if not isinstance(formats.prompt(row, where, self.options["format"]).prompt, str):
+                    return True
+        return False
+
+
+def open_file(config: Config, path: str, format: str) -> File | None:
+    """None without a path. Raises ValueError for a file of which one part would be empty."""
+    if not path:
+        return None
+    options = {"format": format or None, "on_bad_row": config.on_bad_row}
+    found = builders.load(path, on_bad_row=config.on_bad_row)
+    rows, held_out = mixing.split(found, config.held_out, format=options["format"])
+    if not rows or not held_out:
+        raise ValueError(
+            f"{path}: {len(rows)} rows to train on and {len(held_out)} held out; give more "
+            f"rows or another held_out than {config.held_out}"
+        )
+    return File(rows, held_out, options)
+
+
 def read(config: Config, tokenizer: tokenizers.Tokenizer) -> Data:
     """Reads all files before anything is trained. Raises ValueError for what no stage can use."""
     sizes = (tokenizer, config.max_prompt, config.max_response)
-    strict = {"on_bad_row": config.on_bad_row}
-
-    def split(path: str) -> tuple[list, list]:
-        rows, held_out = mixing.split(builders.load(path, **strict), config.held_out)
-        if not rows or not held_out:
-            raise ValueError(
-                f"{path}: {len(rows)} rows to train on and {len(held_out)} held out; give more "
-                f"rows or another held_out than {config.held_out}"
-            )
-        return rows, held_out
-
-    def chats(rows: list) -> bool:
-        return not isinstance(formats.prompt(*rows[0]).prompt, str)
-
-    files = (config.demonstrations, config.preferences, config.prompts)
-    told, ranked, asked = (split(path) if path else None for path in files)
+    told = open_file(config, config.demonstrations, config.demonstrations_format)
+    ranked = open_file(config, config.preferences, config.preferences_format)
+    asked = open_file(config, config.prompts, config.prompts_format) or ranked
     found = dict.fromkeys(Data._fields)
     if told:
-        found["demonstrations"] = tuple(
-            batches.demonstrations(rows, *sizes, **strict) for rows in told
-        )
+        found["demonstrations"] = told.examples(batches.demonstrations, *sizes)
     if ranked:
-        parts = (*mixing.split(ranked[0], 0.5, seed=1), ranked[1])
+        halves = mixing.split(ranked.rows, 0.5, seed=1, format=ranked.options["format"])
+        parts = (*halves, ranked.held_out)
         names = ("first", "second", "comparisons_eval")
-        found |= {n: batches.comparisons(x, *sizes, **strict) for n, x in zip(names, parts)}
-    if asked or ranked:
+        for name, part in zip(names, parts):
+            found[name] = batches.comparisons(part, *sizes, **ranked.options)
+    if asked:
         # Plain prompts are asked as the other files ask: through the template where they are chats.
-        chat = any(chats(rows[0]) for rows in (told, ranked) if rows)
-        found["prompts"] = tuple(
-            batches.prompts(
-                rows,
-                tokenizer,
-                config.max_prompt,
-                format=formats.as_messages() if chat else None,
-                **strict,
-            )
-            for rows in asked or ranked
-        )
+        if any(file.has_chats() for file in (told, ranked) if file):
+            template = formats.as_messages(asked.options["format"])
+            asked = asked._replace(options=asked.options | {"format": template})
+        found["prompts"] = asked.examples(batches.prompts, tokenizer, config.max_prompt)
     return Data(**found)
 
 

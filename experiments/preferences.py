@@ -6,7 +6,6 @@ million parameters first learns to write the preferred answers, and is then made
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import shutil
 
@@ -102,29 +101,6 @@ def starting_model(config: Config, context: Context, tokenizer, rows: list, held
     answers = [batches.demonstrations(part, *sizes, on_bad_row="drop") for part in (rows, held_out)]
     initial = pipeline.new_model(config.model, context, config.seed)
     return pipeline.fine_tune(config, context, initial, tokenizer, *answers)
-
-
-def train(
-    config: Config,
-    context: Context,
-    policy: Model,
-    examples: Examples,
-    loss_fn=reward_model.loss,
-    name: str = "reward_model",
-) -> Model:
-    """A scorer that starts as `policy`."""
-    settings = dataclasses.replace(config.reward_model, seed=config.seed + config.reward_model.seed)
-    with pipeline.stage_checkpoints(context, name) as checkpoints:
-        return reward_model.run(
-            settings,
-            policy,
-            Loader(examples, settings.batch_size, config.seed),
-            loss_fn=loss_fn,
-            name=name,
-            mesh=context.mesh,
-            log=context.log,
-            checkpoints=checkpoints,
-        ).scorer
 
 
 def measure(config: Config, context: Context, scorer: Model, examples: Examples) -> dict:

@@ -120,7 +120,7 @@ def run(config: Config, context: Context) -> dict:
         policy, tuned = preferences.starting_model(config, context, tokenizer, *train)
     for name, loss_fn in LOSSES.items():
         with clock(name):
-            scorer = preferences.train(config, context, policy, comparisons, loss_fn, name)
+            scorer = pipeline.fit_scorer(config, context, policy, comparisons, loss_fn, name)
         with clock(f"{name}_evaluation"):
             figures[name] = {
                 test: preferences.measure(config, context, scorer, examples)

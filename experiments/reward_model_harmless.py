@@ -44,7 +44,7 @@ def run(config: preferences.Config, context: Context) -> dict:
     with clock("sft"):
         policy, tuned = preferences.starting_model(config, context, tokenizer, rows, held_out)
     with clock("reward_model"):
-        scorer = preferences.train(config, context, policy, train)
+        scorer = pipeline.fit_scorer(config, context, policy, train)
     with clock("evaluation"):
         figures = {
             "train": preferences.measure(config, context, scorer, train),

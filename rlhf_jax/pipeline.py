@@ -45,10 +45,6 @@ class AlignmentConfig(config.Config):
     best_of: int = 16
     num_shown: int = 4
 
-    def seeded(self, part: Any) -> Any:
-        """A stage's configuration with this run's seed added to its own."""
-        return dataclasses.replace(part, seed=self.seed + part.seed)
-
 
 class Config(AlignmentConfig):
     """The whole path: a new model, SFT, then what `AlignmentConfig` does."""
@@ -145,39 +141,51 @@ def fine_tune(
     return result.policy, {"eval_loss": loss}
 
 
-def train_scorer(
-    config: AlignmentConfig, context: Context, task: Task, policy: Model, name: str = "reward_model"
-):
-    """A reward model from `policy`, centred as `task` says: (scorer, held-out figures).
+def fit_scorer(
+    config: Any,
+    context: Context,
+    policy: Model,
+    examples: Examples,
+    loss_fn: Callable = reward_model.loss,
+    name: str = "reward_model",
+) -> Model:
+    """A scorer that starts as `policy`, by `config.reward_model` and `config.seed`.
 
-    `name` is the stage's in logs and checkpoints, for a run that trains two of them.
+    `name` is the stage's in logs and checkpoints, for a run that trains several of them.
     """
-    settings = config.seeded(config.reward_model)
-    introduce(context, "comparisons", task.comparisons, task.comparisons_eval, task.tokenizer)
-
-    def loader(examples: Examples) -> Loader:
-        return Loader(examples, settings.batch_size, config.seed)
-
+    settings = _seeded(config, config.reward_model)
     with stage_checkpoints(context, name) as checkpoints:
-        result = reward_model.run(
+        return reward_model.run(
             settings,
             policy,
-            loader(task.comparisons),
+            Loader(examples, settings.batch_size, config.seed),
+            loss_fn=loss_fn,
             name=name,
             mesh=context.mesh,
             log=context.log,
             checkpoints=checkpoints,
-        )
-    scorer = reward_model.centre(result.scorer, loader(task.centre_on), mesh=context.mesh)
-    held_out = loader(task.comparisons_eval)
-    return scorer, reward_model.evaluate(settings, scorer, held_out, mesh=context.mesh)
+        ).scorer
+
+
+def train_scorer(
+    config: AlignmentConfig, context: Context, task: Task, policy: Model, name: str = "reward_model"
+):
+    """A reward model from `policy`, centred as `task` says: (scorer, held-out figures)."""
+    introduce(context, "comparisons", task.comparisons, task.comparisons_eval, task.tokenizer)
+    scorer = fit_scorer(config, context, policy, task.comparisons, name=name)
+    centre_on, held_out = (
+        Loader(examples, config.reward_model.batch_size, config.seed)
+        for examples in (task.centre_on, task.comparisons_eval)
+    )
+    scorer = reward_model.centre(scorer, centre_on, mesh=context.mesh)
+    return scorer, reward_model.evaluate(config.reward_model, scorer, held_out, mesh=context.mesh)
 
 
 def optimise(
     config: AlignmentConfig, context: Context, task: Task, policy: Model, scorer: Model
 ) -> ppo.Result:
     """PPO of `policy` against `scorer`, the critic starting as the scorer."""
-    settings = config.seeded(config.ppo)
+    settings = _seeded(config, config.ppo)
     introduce(context, "prompts", task.prompts, task.prompts_eval, task.tokenizer)
 
     def observe(rollout: Rollout) -> dict[str, float]:
@@ -383,6 +391,11 @@ def distinct_bigrams(responses: Sequence[str]) -> float:
     """Distinct word pairs as a share of all word pairs of the responses; 0 without any."""
     pairs = [pair for words in map(str.split, responses) for pair in zip(words, words[1:])]
     return len(set(pairs)) / max(len(pairs), 1)
+
+
+def _seeded(config: Any, part: Any) -> Any:
+    """A stage's configuration with the run's seed added to its own."""
+    return dataclasses.replace(part, seed=config.seed + part.seed)
 
 
 def stage_checkpoints(context: Context, stage: str) -> Checkpoints:

@@ -85,6 +85,20 @@ def test_a_person_judges_and_the_second_wins_as_often_as_they_said(write, judge,
     assert not page.errors()
 
 
+def test_equal_pairs_that_a_broken_off_judgement_did_not_reach_do_not_count(judge, write, tmp_path):
+    better = answers("good")
+    for i in (0, 5):
+        better[i]["responses"] = [f"bad to prompt {i}"]
+    path = write(answers("bad"), better, "--seed", "3")
+    key = json.loads(path.with_suffix(".key.json").read_text())
+    verdicts = tmp_path / "verdicts.jsonl"
+    rows = [{"page": key["page"], "item": i, "verdict": "tie"} for i in range(4)]
+    verdicts.write_text(json.dumps(rows[0]) + "\n")
+    assert judge.score(verdicts, path.with_suffix(".key.json"))["all"][:3] == (0, 2, 0)
+    verdicts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert judge.score(verdicts, path.with_suffix(".key.json"))["all"][:3] == (0, 6, 0)
+
+
 def test_wilsons_interval_holds_the_shares_that_a_score_test_does_not_refuse(judge):
     """(share - p)^2 = z^2 p (1 - p) / n at both ends p; and the printed digits of a known case."""
     for share, count in ((0.5, 10), (0.0, 7), (1.0, 30), (0.62, 250)):

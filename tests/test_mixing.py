@@ -53,6 +53,22 @@ def test_plain_text_and_messages_are_split_by_what_they_say():
     assert all(mixing.split(chats, 0.5))
 
 
+def test_a_conversation_is_on_one_side_with_what_it_branches_into():
+    turns = [("user", "q{}"), ("assistant", "a"), ("user", "and then?"), ("assistant", "b")]
+    chat = [{"role": role, "content": text} for role, text in turns]
+    system = {"role": "system", "content": "Be brief."}
+    sides = []
+    for shape in (chat, chat[:2], [system, *chat], [system, *chat[:2]]):
+        rows = [
+            {"messages": [t | {"content": t["content"].format(i)} for t in shape]}
+            for i in range(50)
+        ]
+        train, held_out = mixing.split(rows, 0.4)
+        assert train and held_out
+        sides.append({where for _, where in held_out})
+    assert sides == sides[:1] * 4
+
+
 def test_a_faulty_row_of_a_split_is_met_by_what_tokenises_it():
     train, _ = mixing.split([{"prompt": 3}, *pairs(9, 9)], 0.5)
     with pytest.raises(ValueError, match="^row 1: 'prompt' must be a string"):

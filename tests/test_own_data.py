@@ -155,6 +155,40 @@ def test_folders_of_the_wrong_kind_are_refused_before_anything_is_trained(
     assert not (tmp_path / "run").exists() and not (tmp_path / "x").exists()
 
 
+def test_rows_that_fit_two_formats_are_read_as_the_one_that_is_named(
+    tmp_path, files, real_data, capsys
+):
+    """As UltraFeedback has them: messages of the better answer beside both sides."""
+    own_data = experiment("own_data")
+    turns = [
+        [{"role": "user", "content": f"What does a {x} do?"}, {"role": "assistant", "content": y}]
+        for x in ANIMALS
+        for y in ("It runs.", "It sleeps.")
+    ]
+    rows = [
+        {"prompt": a[0]["content"], "chosen": a, "rejected": b, "messages": a}
+        for a, b in zip(turns[::2], turns[1::2])
+    ]
+    file = tmp_path / "ultra.jsonl"
+    # The first row is faulty, and must not decide how the others are read.
+    file.write_text("".join(json.dumps(row) + "\n" for row in [{"chosen": 3}, *rows]))
+    config = small(own_data, preferences=str(file), prompts=files["prompts"], plain_template=True)
+    config = dataclasses.replace(config, model=str(real_data / "models" / "stories260K"))
+    config = dataclasses.replace(config, max_prompt=64, max_response=64, on_bad_row="drop")
+    tokenizer = own_data.open_tokenizer(own_data.pathlib.Path(config.model), True)
+    with pytest.raises(ValueError, match="no usable row is left .*32 faulty|faulty row"):
+        own_data.read(config, tokenizer)
+    config = dataclasses.replace(config, preferences_format="preference")
+    data = own_data.read(config, tokenizer)
+    parts = (data.first, data.second, data.comparisons_eval)
+    assert sum(len(part) for part in parts) == len(ANIMALS)
+    asked = tokenizer.decode(data.prompts[0].rows[0][0])
+    assert "The little" in asked and asked.strip().endswith("assistant:")
+    with pytest.raises(SystemExit):
+        launch.launch(own_data.run, config, ["--preferences-format", "parquet"])
+    assert "invalid choice" in capsys.readouterr().err.lower()
+
+
 def test_more_iterations_replace_the_exported_policy(tmp_path, files, real_data):
     own_data = experiment("own_data")
     model = str(real_data / "models" / "stories260K")

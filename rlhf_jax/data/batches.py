@@ -192,16 +192,20 @@ def show(example: Demonstrations | Comparisons | Prompts, tokenizer: Tokenizer) 
 
 
 def _marked(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> str:
-    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
-    parts = []
+    # As the first token an EOS id is a BOS (they can be the same).
+    ends = [i for i in range(1, len(ids)) if int(ids[i]) in tokenizer.eos_ids]
+    turns = (np.flatnonzero(np.diff(mask)) + 1).tolist()
+    edges = sorted({0, len(ids), *turns, *ends, *(i + 1 for i in ends)})
+    parts, before, inside = [], "", False
     for start, stop in zip(edges, edges[1:]):
+        if (mask[start] > 0) != inside:
+            parts.append("⟧" if inside else "⟦")
+            inside = not inside
         # The difference of two decodings keeps the spaces that decoding a part alone drops.
-        text = tokenizer.decode(ids[:stop])[len(tokenizer.decode(ids[:start])) :]
-        # As the first token an EOS id is a BOS (they can be the same).
-        ends = sum(int(i) in tokenizer.eos_ids for i in ids[max(start, 1) : stop])
-        text += "<eos>" * ends
-        parts.append(f"⟦{text}⟧" if start < len(ids) and mask[start] > 0 else text)
-    return "".join(parts)
+        text = tokenizer.decode(ids[:stop])
+        parts.append("<eos>" if start in ends else text[len(before) :])
+        before = text
+    return "".join(parts) + "⟧" * inside
 
 
 def _check_limits(**limits: int) -> None:

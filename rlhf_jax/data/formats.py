@@ -228,7 +228,7 @@ def _fits(row: Row) -> list[str]:
     ranked = prompted and bool(has & _RANKED)
     plain = prompted and not ranked and not sides
     label = plain and "completion" in has and "label" in has
-    score = plain and {"response", "score"} <= has
+    score = plain and "score" in has and has & {"response", "completion"}
     whole = sides and not turns and not asked and not prompted
     dialogue = whole and str(row.get("chosen")).lstrip().startswith("Human:")
     factory = asked and not listed

@@ -238,9 +238,10 @@ def pandalm(row: Row, where: str) -> Example:
 
 
 def scored_response(row: Row, where: str) -> Example:
-    """{prompt, response, score}."""
+    """{prompt, response (or completion), score}."""
     prompt = _prompt(row, where, _SCORED)
-    prompt, answer = _answer(prompt, row, "response", where, _SCORED)
+    name = "completion" if "completion" in row and "response" not in row else "response"
+    prompt, answer = _answer(prompt, row, name, where, _SCORED)
     score = schema.number(schema.field(row, "score", where, _SCORED), "score", where, _SCORED)
     return Example(prompt, (answer,), (), (score,), language=_language(row))
 

@@ -21,8 +21,9 @@ def split(
 
     About `held_out` of all prompts, 0 to 1, are held out: those whose hash is lowest, whatever file
     or order they come in, so that several files are split alike. Case, white space and Unicode
-    forms do not make another prompt. Of plain text all of it counts. A faulty row stays in the
-    first part, where `on_bad_row` meets it.
+    forms do not make another prompt. A conversation goes where the user's first turn says: with
+    all that it branches into, whatever the system turn. Of plain text all of it counts. A faulty
+    row stays in the first part, where `on_bad_row` meets it.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out={held_out} must lie between 0 and 1")
@@ -50,7 +51,7 @@ def _prompt_text(row, where: str, format: formats.Format) -> str | None:
             return None
     if isinstance(example.prompt, str):
         return example.prompt or example.completion
-    return "\n".join(turn.content for turn in example.prompt)
+    return next((turn.content for turn in example.prompt if turn.role == "user"), "")
 
 
 def mix(parts: Sequence[tuple[Examples, float | int]]) -> Examples:
