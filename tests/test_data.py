@@ -337,6 +337,48 @@ def test_a_prepared_tfds_folder_and_a_tfds_name_load(real_data):
     assert len(batches.prompts(named, BYTES, max_prompt=20_000, format=mapped)) == len(examples)
 
 
+@pytest.mark.parametrize("kind", ["Sequence", "Dataset"])
+def test_a_prepared_set_from_the_hub_is_read_by_its_name_and_without_the_hub(tmp_path, kind):
+    """TFDS turns lists of messages inside out, or makes each a data source of its own."""
+    import tensorflow_datasets as tfds
+
+    said = [[("user", f"q{i}"), ("assistant", f"a{i}")][: 2 - i] for i in range(2)]
+    said = [[{"role": role, "content": text} for role, text in turns] for turns in said]
+
+    class Set(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "org__set"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            text, number = tfds.features.Text(), tfds.features.Scalar(np.float32)
+            turns = getattr(tfds.features, kind)({"role": text, "content": text})
+            fields = {
+                "messages": turns,
+                "scores": tfds.features.Sequence(number),
+                "meta": {"tags": tfds.features.Sequence(text), "good": number},
+            }
+            features = tfds.features.FeaturesDict(fields)
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, turns in enumerate(said):
+                meta = {"tags": ["x", "y"][i:], "good": i}
+                yield i, {"messages": turns, "scores": [0.5] * i, "meta": meta}
+
+    Set(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    rows = builders.load("huggingface:Org__set", cache=tmp_path)
+    for i, (row, where) in enumerate(rows):
+        assert where == f"org__set/1.0.0:train row {i + 1}"
+        meta = {"tags": ["x", "y"][i:], "good": i}
+        assert row == {"messages": said[i], "scores": [0.5] * i, "meta": meta}
+    assert formats.read(*rows[0]).responses == ("a0",)
+    with pytest.raises(ValueError, match=r"huggingface:org__no: not prepared under .*; run tfds"):
+        builders.load("huggingface:org__no", cache=tmp_path)
+
+
 # Rows to examples.
 
 

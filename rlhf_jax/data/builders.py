@@ -36,10 +36,11 @@ class Rows(Sequence):
     Under `on_bad_row="drop"` the fault of a line that cannot be read is there in place of its row.
     """
 
-    def __init__(self, source: Any, name: str, packed: bool):
+    def __init__(self, source: Any, name: str, features: Any):
         self._source = source
         self._name = name
-        self._packed = packed
+        self._features = features
+        self._packed = set(features) == {"row", "file", "line"}
 
     def __len__(self) -> int:
         return len(self._source)
@@ -62,7 +63,11 @@ class Rows(Sequence):
             where = _where(record["file"].decode(), int(record["line"]))
             return json.loads(record["row"]), where
         where = f"{self._name} row {position + 1}"
-        return {field: _plain(value, field, where) for field, value in record.items()}, where
+        row = {
+            field: _plain(value, self._features[field], field, where)
+            for field, value in record.items()
+        }
+        return row, where
 
 
 def load(
@@ -74,9 +79,9 @@ def load(
     """Opens a dataset: a .jsonl or .json file (or .gz), a prepared TFDS folder, or a TFDS name.
 
     A file is a dataset with the one split "train", stored under `cache` (default: the variable
-    RLHF_JAX_CACHE, else ~/.cache/rlhf_jax). For a TFDS name ("c4/en") `cache` is TFDS's data
-    folder, where the dataset must be prepared already: nothing is downloaded. `split` is anything
-    TFDS understands, "train[:90%]" included.
+    RLHF_JAX_CACHE, else ~/.cache/rlhf_jax). For a TFDS name ("c4/en", "huggingface:org__name")
+    `cache` is TFDS's data folder, where the dataset must be prepared already: nothing is
+    downloaded. `split` is anything TFDS understands, "train[:90%]" included.
 
     Raises ValueError, on one line, for a source that is missing, unreadable or of another kind, and
     for a damaged file with the line it is damaged at. With `on_bad_row="drop"` lines of a .jsonl
@@ -92,7 +97,6 @@ def load(
         raise ValueError(f"{source}: no such file or folder; check the path")
     else:
         builder = _registered(str(source), cache)
-    packed = set(builder.info.features) == {"row", "file", "line"}
     try:
         rows = builder.as_data_source(split=split)
     except (KeyError, ValueError) as error:
@@ -105,7 +109,7 @@ def load(
             f"{source}: its files cannot be read by position ({_first_line(error)}); "
             "prepare the dataset again with file_format='array_record'"
         ) from None
-    return Rows(rows, f"{builder.info.full_name}:{split}", packed)
+    return Rows(rows, f"{builder.info.full_name}:{split}", builder.info.features)
 
 
 class _Line(NamedTuple):
@@ -343,23 +347,33 @@ def _open(folder: pathlib.Path) -> Any:
 def _registered(name: str, data_dir: str | os.PathLike | None) -> Any:
     import tensorflow_datasets as tfds
 
+    # Under its own name TFDS asks the hub even for what is prepared.
+    prepared = name.removeprefix("huggingface:").lower()
     try:
-        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+        builder = tfds.builder(prepared, data_dir=data_dir, try_gcs=False)
+        if builder.is_prepared():
+            return builder
+        place = builder.data_dir
     except (ValueError, ImportError, tfds.core.DatasetNotFoundError) as error:
-        raise ValueError(
-            f"{name}: neither a file, nor a folder, nor a TFDS dataset ({_first_line(error)}); "
-            "check the spelling, and TFDS_DATA_DIR for a prepared one"
-        ) from None
-    if not builder.is_prepared():
-        raise ValueError(
-            f"{name}: not prepared under {builder.data_dir}; run tfds.builder({name!r}, "
-            "file_format='array_record').download_and_prepare(), or set TFDS_DATA_DIR"
-        )
-    return builder
+        if prepared == name.lower():
+            raise ValueError(
+                f"{name}: neither a file, nor a folder, nor a TFDS dataset ({_first_line(error)}); "
+                "check the spelling, and TFDS_DATA_DIR for a prepared one"
+            ) from None
+        place = data_dir or "TFDS_DATA_DIR"
+    raise ValueError(
+        f"{name}: not prepared under {place}; run tfds.builder({name!r}, "
+        "file_format='array_record').download_and_prepare(), or set TFDS_DATA_DIR"
+    )
 
 
-def _plain(value: Any, field: str, where: str) -> Any:
-    """What TFDS reads as Python values: bytes to text, arrays to lists, scalars to numbers."""
+def _plain(value: Any, feature: Any, field: str, where: str) -> Any:
+    """What TFDS reads as Python values: bytes to text, arrays to lists, scalars to numbers.
+
+    `feature` is TFDS's description of the value. A list of objects (messages) comes as one object
+    of lists, or as a data source of its own, and is made a list again.
+    """
+    inner = getattr(feature, "feature", None)
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -367,13 +381,18 @@ def _plain(value: Any, field: str, where: str) -> Any:
             raise ValueError(
                 f"{where}: {field!r} is not valid UTF-8; prepare the dataset with text in it"
             ) from None
+    if isinstance(value, dict) and inner is not None:
+        value = [dict(zip(value, items)) for items in zip(*value.values())]
     if isinstance(value, dict):
-        return {name: _plain(x, f"{field}.{name}", where) for name, x in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
+        return {
+            name: _plain(x, feature[name], f"{field}.{name}", where) for name, x in value.items()
+        }
+    if isinstance(value, np.ndarray | np.generic) and inner is None:
         value = value.tolist()
-        return _plain(value, field, where) if isinstance(value, bytes | list) else value
-    if isinstance(value, list):
-        return [_plain(x, field, where) for x in value]
+        if isinstance(value, bytes):
+            return _plain(value, feature, field, where)
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+        return [_plain(x, inner or feature, field, where) for x in value]
     return value
 
 
