@@ -104,6 +104,7 @@ def starting_model(config: Config, context: Context, tokenizer, rows: list, held
 
 
 def measure(config: Config, context: Context, scorer: Model, examples: Examples) -> dict:
-    """Agreement of the scorer with the ranks of `examples`, beside that of length."""
+    """Agreement of the scorer with the ranks of `examples`, beside that of length: `eval_...`."""
     loader = Loader(examples, config.reward_model.batch_size, config.seed)
-    return agreement.agreement(**reward_model.score_all(scorer, loader, mesh=context.mesh))
+    found = agreement.agreement(**reward_model.score_all(scorer, loader, mesh=context.mesh))
+    return {f"eval_{name}": value for name, value in found.items()}

@@ -5,7 +5,13 @@
 DIR (or RLHF_JAX_DATA) holds `preference/hh_harmless_base_test.jsonl.gz` (1,701 dialogues; some of
 its text is offensive) and `tokenizers/minimind`. A fifth of the prompts is held out. The accuracy
 stands beside that of preferring the longer, or the shorter, answer: whoever is not above those has
-learned length. Bai et al. 2022 (arXiv:2204.05862) report 64 to 72 % with models of 13 M to 52 B
+learned length.
+
+Result, seed 0, 2 cores of an Intel Xeon, 2026-11-23: 715 training pairs and 210 held-out ones fit
+the limits. Held-out accuracy 58.6 %, interval 51.9 to 65.2 (training pairs 92.4); shorter wins
+56.0 %, longer wins 44.0 %; correlation of score and length -0.33; 10 minutes. Above chance, but
+not shown to be more than a liking for short answers: this is what 3 million parameters from noise
+and 715 pairs give. Bai et al. 2022 (arXiv:2204.05862) report 64 to 72 % with models of 13 M to 52 B
 parameters and a hundred times the data.
 
 From a full-size model:
@@ -46,10 +52,9 @@ def run(config: preferences.Config, context: Context) -> dict:
     with clock("reward_model"):
         scorer = pipeline.fit_scorer(config, context, policy, train)
     with clock("evaluation"):
-        figures = {
-            "train": preferences.measure(config, context, scorer, train),
-            "held_out": preferences.measure(config, context, scorer, test),
-        }
+        figures = preferences.measure(config, context, scorer, test)
+        known = preferences.measure(config, context, scorer, train)
+        figures["train_accuracy"] = known["eval_accuracy"]
     return {"sft": tuned, "reward_model": figures, "seconds": clock.seconds}
 
 

@@ -67,11 +67,12 @@ def start(name, config, tmp_path, data):
 def test_the_model_of_harmlessness_is_measured_beside_length(tmp_path, few):
     config = small_preferences(experiment("reward_model_harmless").config)
     summary = start("reward_model_harmless", config, tmp_path, few)
-    for side in ("train", "held_out"):
-        found = summary["reward_model"][side]
-        assert found["accuracy_low"] <= found["accuracy"] <= found["accuracy_high"]
-        assert found["longer_wins"] + found["shorter_wins"] == pytest.approx(1.0)
-    assert summary["reward_model"]["train"]["pairs"] > summary["reward_model"]["held_out"]["pairs"]
+    found = summary["reward_model"]
+    assert found["eval_accuracy_low"] <= found["eval_accuracy"] <= found["eval_accuracy_high"]
+    assert found["eval_longer_wins"] + found["eval_shorter_wins"] == pytest.approx(1.0)
+    assert 0.0 <= found["train_accuracy"] <= 1.0
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert f"{found['eval_accuracy']:.1%}</b><p>held-out comparisons, 95 % interval" in report
 
 
 def test_both_losses_are_measured_on_gpt4_on_people_and_by_model(tmp_path, few):
@@ -86,6 +87,8 @@ def test_both_losses_are_measured_on_gpt4_on_people_and_by_model(tmp_path, few):
         assert all(0.0 <= rate <= 1.0 for rate in judged["gpt4_win_rate"].values())
         assert -1.0 <= judged["order"] <= 1.0 and 8 < len(judged["gap"]) <= 16
     assert summary["rank"] != summary["regression"]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "Accuracy, Reward model by regression" in report and "comparisons, oasst_zh" in report
 
 
 def test_chinese_answers_are_packed_learned_and_exported(tmp_path, few):

@@ -79,7 +79,19 @@ def test_cards_take_the_summary_and_then_the_steps(run):
     text = report.write(run).read_text()
     assert "0.412 → 0.799" in text and "+0.387 by the gold score" in text
     assert "<b>9.975</b>" in text  # the last objective/kl, 399 / 40
-    assert "70.0%" in text and "best reachable 90.0%" in text
+    assert "70.0%" in text and "on the last batch it was trained on" in text
+
+
+def test_held_out_accuracies_stand_in_the_place_of_the_last_batchs(run):
+    measured = {"eval_accuracy": 0.612, "eval_accuracy_low": 0.5, "eval_accuracy_high": 0.7}
+    summary = {"reward_model": {"rank": {"people": measured}}, "judge": {"eval_accuracy": 0.55}}
+    summary |= {"win_rate": 0.61, "win_rate_low": 0.58, "win_rate_high": 0.64}
+    (run / "summary.json").write_text(json.dumps(summary | {"best_reachable_accuracy": 0.9}))
+    text = report.write(run).read_text()
+    assert "<b>61.2%</b><p>held-out comparisons, people, 95 % interval 50.0% to 70.0%" in text
+    assert "<b>55.0%</b><p>held-out comparisons, best reachable 90.0%" in text
+    assert "Reward model by rank loss" in text and "95 % interval 58.0% to 64.0%" in text
+    assert "70.0%</b>" not in text
 
 
 def test_curves_carry_the_metric_names_and_a_tooltip_for_every_stretch_of_steps(run):

@@ -29,6 +29,8 @@ CURVES = {
     "rewards/margins": "Margin, chosen minus rejected",
 }
 TITLES = {"sft": "Supervised fine-tuning", "reward_model": "Reward model", "ppo": "PPO"}
+TITLES |= {"judge": "Judge, a second reward model", "rank": "Reward model by rank loss"}
+TITLES |= {"regression": "Reward model by regression"}
 MAX_POINTS = 120  # a longer curve is drawn as the means of so many stretches of steps
 MAX_SAMPLES = 24
 
@@ -37,8 +39,8 @@ def write(folder: Path) -> Path:
     """Write `report.html` into the folder of a run and return its path.
 
     Reads metrics.jsonl, samples.jsonl, config.json and summary.json, each of which may be absent.
-    The cards at the top take `gold_before`, `gold_after`, `kl`, `eval_accuracy` and
-    `best_reachable_accuracy` from the summary (under these names at its top level or as the
+    The cards at the top take `gold_before`, `gold_after`, `win_rate`, `kl`, every `eval_accuracy`
+    and `best_reachable_accuracy` from the summary (under these names at its top level or as the
     last part of a nested name), and what the summary lacks from the first and last steps.
     Raises ValueError with file and line where one of them is not what this library writes.
     """
@@ -147,14 +149,15 @@ def _cards(stages: dict[str, dict[str, Curve]], summary: dict) -> str:
     if before is not None and after is not None:
         change = f"{after - before:+.3g} by the gold score"
         cards.append(("Gold score", f"{before:.3g} → {after:.3g}", change))
+    won = _figure(summary, "win_rate")
+    if won is not None:
+        low, high = (_figure(summary, f"win_rate_{end}") for end in ("low", "high"))
+        note = f"by a second reward model, 95 % interval {low:.1%} to {high:.1%}"
+        cards.append(("Win rate over what SFT left", f"{won:.1%}", note))
     kl = of("kl", "objective/kl", -1)
     if kl is not None:
         cards.append(("KL to the reference", _number(kl), "nats per response"))
-    accuracy = of("eval_accuracy", "rewards/accuracies", -1)
-    best = _figure(summary, "best_reachable_accuracy")
-    if accuracy is not None:
-        note = f"best reachable {best:.1%}" if best is not None else "on comparisons"
-        cards.append(("Reward model accuracy", f"{accuracy:.1%}", note))
+    cards += _accuracy_cards(stages, summary)
     seconds = {name: curves["seconds"].values[-1] for name, curves in stages.items()}
     if seconds:
         each = ", ".join(f"{_title(name)} {_duration(value)}" for name, value in seconds.items())
@@ -165,6 +168,28 @@ def _cards(stages: dict[str, dict[str, Curve]], summary: dict) -> str:
         for title, figure, note in cards
     )
     return f'<div class="cards">{body}</div>' if cards else ""
+
+
+def _accuracy_cards(stages: dict, summary: dict) -> list[tuple[str, str, str]]:
+    """(title, figure, note): all held-out accuracies, or where there is none the last batch's."""
+    best = _figure(summary, "best_reachable_accuracy")
+    cards = []
+    for key, value in summary.items():
+        place, _, name = key.rpartition(".")
+        if name != "eval_accuracy":
+            continue
+        stage, _, data = place.rpartition(".") if place.count(".") else (place, "", "")
+        note = "held-out comparisons" + f", {data}" * bool(data)
+        low, high = (summary.get(f"{key}_{end}") for end in ("low", "high"))
+        note += f", 95 % interval {low:.1%} to {high:.1%}" if low is not None else ""
+        note += f", best reachable {best:.1%}" if best is not None else ""
+        title = _title(stage.rpartition(".")[2] or "reward_model")
+        cards.append((f"Accuracy, {title}", f"{value:.1%}", note))
+    curves = [c["rewards/accuracies"] for c in stages.values() if "rewards/accuracies" in c]
+    if not cards and curves:
+        note = "on the last batch it was trained on"
+        cards.append(("Accuracy, Reward model", f"{curves[0].values[-1]:.1%}", note))
+    return cards
 
 
 def _stage_section(stage: str, curves: dict[str, Curve], summary: dict) -> str:
