@@ -349,12 +349,7 @@ def _environment(mesh: jax.sharding.Mesh) -> dict:
 
 
 def _set_up_jax() -> None:
-    """Settings of the whole process: a disk cache of compiled programs, and float32 as it is read.
-
-    Without the second, float32 products are TF32 on a GPU and bfloat16 on a TPU. Products of
-    bfloat16 arrays are not affected.
-    """
-    jax.config.update("jax_default_matmul_precision", "highest")
+    """A disk cache of compiled programs, for the whole process."""
     if not jax.config.jax_compilation_cache_dir:  # set by JAX_COMPILATION_CACHE_DIR too
         folder = Path.home() / ".cache" / "rlhf_jax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -45,6 +45,7 @@ def _chunk_logprobs(hidden, unembedding, tokens, temperature, softcap):
         "bcd,dv->bcv",
         hidden,
         unembedding.astype(hidden.dtype),
+        precision="highest",
         preferred_element_type=jnp.float32,
     )
     if softcap is not None:

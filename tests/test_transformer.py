@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax import losses
-from rlhf_jax.models import heads, transformer
+from rlhf_jax.models import heads, lora, transformer
+from rlhf_jax.sampling import decode
 
 CONFIG = transformer.Config(
     vocab_size=31,
@@ -275,3 +276,34 @@ def test_a_fresh_scalar_head_has_std_one_over_root_of_width_plus_one_or_is_zero(
     assert score["bias"].shape == (1,) and not np.any(score["bias"])
     zero = transformer.with_score_head(wide, None).weights["score"]
     assert not np.any(zero["kernel"]) and not np.any(zero["bias"])
+
+
+def test_float32_products_are_float32_on_every_device_forward_backward_and_in_sampling():
+    """A TPU or GPU multiplies at less unless each product says otherwise; a CPU hides it."""
+    model = lora.attach(make_model(), lora.Config(rank=2), jax.random.key(0))
+    scorer = transformer.with_score_head(model, jax.random.key(1))
+    tokens = jnp.ones((B, T), jnp.int32)
+
+    def forward(weights):
+        changed = transformer.Model(model.config, weights)
+        hidden = transformer.hidden_states(changed, tokens, tokens)
+        logprobs, _ = heads.token_logprobs(changed, hidden, tokens)
+        return jnp.sum(logprobs) + jnp.sum(transformer.logits(changed, hidden))
+
+    def sample(model):
+        keys = decode.row_keys(jax.random.key(0), jnp.arange(B))
+        return decode.sample(model, tokens, tokens, keys, max_new_tokens=3, eos_ids=(1,), pad_id=0)
+
+    def score(scorer):
+        return heads.token_values(scorer, transformer.hidden_states(scorer, tokens, tokens))
+
+    for function, argument in (
+        (jax.grad(forward), model.weights),
+        (sample, model),
+        (score, scorer),
+        (lora.merge, model),
+    ):
+        text = str(jax.make_jaxpr(function)(argument))
+        assert text.count("dot_general[") > 0
+        exact = text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+        assert text.count("dot_general[") == exact

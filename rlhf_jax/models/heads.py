@@ -58,7 +58,7 @@ def token_logprobs(
 def scalar(model: Model, hidden: Float[Array, "*b D"]) -> Float[Array, "*b"]:
     """The scalar head, float32."""
     head = model.weights["score"]
-    return (hidden.astype(jnp.float32) @ head["kernel"] + head["bias"])[..., 0]
+    return (transformer.dot(hidden.astype(jnp.float32), head["kernel"]) + head["bias"])[..., 0]
 
 
 def token_values(model: Model, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:

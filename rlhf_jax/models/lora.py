@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rlhf_jax import config
+from rlhf_jax.models import transformer
 from rlhf_jax.models.transformer import Model
 
 ADAPTER = ("lora_a", "lora_b")
@@ -113,7 +114,7 @@ def merge(model: Model) -> Model:
 
     def fold(node: dict) -> dict:
         if "lora_a" in node:
-            product = node["lora_scale"] * (node["lora_a"] @ node["lora_b"])
+            product = node["lora_scale"] * transformer.dot(node["lora_a"], node["lora_b"])
             kept = {k: v for k, v in node.items() if not k.startswith("lora_")}
             return {**kept, "kernel": node["kernel"] + product}
         return {k: fold(v) if isinstance(v, dict) else v for k, v in node.items()}

@@ -97,6 +97,11 @@ class Cache(NamedTuple):
     length: Int[Array, ""]
 
 
+# Of float32 arrays too a TPU would multiply bfloat16, a GPU TF32. bfloat16 arrays are not affected.
+dot = functools.partial(jnp.matmul, precision="highest")
+_einsum = functools.partial(jnp.einsum, precision="highest")
+
+
 class Linear(nn.Module):
     """x @ kernel. Tokens are flattened first: [B, T, D] products are 1.5x slower on CPU."""
 
@@ -110,10 +115,10 @@ class Linear(nn.Module):
         init = nn.initializers.normal(self.scale * x.shape[-1] ** -0.5)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         flat = x.reshape(-1, x.shape[-1])
-        out = flat @ kernel.astype(self.dtype)
+        out = dot(flat, kernel.astype(self.dtype))
         if self.has_variable("params", "lora_a"):  # see lora.py
             a, b, scale = (self.get_variable("params", f"lora_{x}") for x in ("a", "b", "scale"))
-            out = out + flat @ a.astype(self.dtype) @ (scale * b).astype(self.dtype)
+            out = out + dot(dot(flat, a.astype(self.dtype)), (scale * b).astype(self.dtype))
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             out = out + bias.astype(self.dtype)
@@ -208,7 +213,7 @@ class Attention(nn.Module):
             keys = write(past[0], keys, column, axis=2)
             values = write(past[1], values, column, axis=2)
         query = query.reshape(batch, c.num_kv_heads, -1, c.head_dim)  # [B, K, G * T, Dh]
-        weights = jnp.einsum("bkqd,bksd->bkqs", query, keys, preferred_element_type=jnp.float32)
+        weights = _einsum("bkqd,bksd->bkqs", query, keys, preferred_element_type=jnp.float32)
         weights = weights * (c.query_scalar or c.head_dim) ** -0.5
         if c.attention_softcap is not None:
             weights = c.attention_softcap * jnp.tanh(weights / c.attention_softcap)
@@ -217,7 +222,7 @@ class Attention(nn.Module):
         weights = jnp.where(sight.visible[:, None, None], weights, -1e30)
         weights = jax.nn.softmax(weights, axis=-1).astype(dtype)
         weights = weights.reshape(batch, c.num_kv_heads, -1, keys.shape[2])
-        mixed = jnp.einsum("bkqs,bksd->bkqd", weights, values)
+        mixed = _einsum("bkqs,bksd->bkqd", weights, values)
         mixed = mixed.reshape(batch, c.num_heads, length, c.head_dim).swapaxes(1, 2)
         mixed = mixed.reshape(batch, length, c.num_heads * c.head_dim)
         # Residual branches start small, as in GPT-2: variance does not grow with depth.
@@ -408,7 +413,7 @@ def unembedding(model: Model) -> Float[Array, "D V"]:
 def logits(model: Model, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
     """Hidden states to float32 logits, soft-capped where the model says so."""
     kernel = unembedding(model).astype(hidden.dtype)
-    out = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    out = dot(hidden, kernel, preferred_element_type=jnp.float32)
     cap = model.config.logit_softcap
     return out if cap is None else cap * jnp.tanh(out / cap)
 
