@@ -3,12 +3,12 @@
     python experiments/own_data.py --model DIR --demonstrations F --preferences F --prompts F
 
 DIR holds a language model and its tokenizer (org/name is fetched from the Hugging Face hub); the
-files are in any layout that `rlhf_jax.data` recognises (alpaca, sharegpt, TRL, HH-RLHF, ...). The
-workdir's `export/` then holds `sft`, `reward_model` and `policy`, folders that transformers reads.
-What is not given is skipped: without --demonstrations the model is taken as tuned already, with
---scorer DIR no reward model is trained, without both --preferences and --scorer the run ends after
-SFT; so each stage starts alone from a folder that an earlier one exported. Without --prompts those
-of the preferences are used.
+files are in any format that `rlhf_jax.data` recognises (alpaca, sharegpt, TRL, HH-RLHF, ...), or
+`dataset_info.json:NAME` of LLaMA-Factory. The workdir's `export/` then holds `sft`, `reward_model`
+and `policy`, folders that transformers reads. What is not given is skipped: without
+--demonstrations the model is taken as tuned already, with --scorer DIR no reward model is trained,
+without both --preferences and --scorer the run ends after SFT; so each stage starts alone from a
+folder that an earlier one exported. Without --prompts those of the preferences are used.
 
 Nobody knows a gold score here. A share of all prompts is held out of every file, and on these the
 tuned policy is compared with the one that SFT left, by a judge that PPO never saw: a second reward
@@ -28,7 +28,7 @@ import numpy as np
 
 from rlhf_jax import pipeline
 from rlhf_jax.algorithms import ppo, reward_model, sft
-from rlhf_jax.data import batches, builders, formats, mixing, tokenizers
+from rlhf_jax.data import batches, builders, formats, layouts, mixing, tokenizers
 from rlhf_jax.data.batches import Examples
 from rlhf_jax.data.schema import BadRow
 from rlhf_jax.launch import Context, launch
@@ -40,33 +40,33 @@ from rlhf_jax.training.state import OptimizerConfig
 sys.path.append(str(pathlib.Path(__file__).parent))
 import preferences
 
-# "" recognises each row by its fields.
-Format = Literal["", *formats.FORMATS]
-
 
 class Config(pipeline.AlignmentConfig):
     """Files and folders as above; lengths in tokens; `held_out` is a share of the prompts.
 
-    ..._format: for rows whose fields fit several formats, or none but the one that is named.
-
-    lora_rank: 0 trains all weights. plain_template: for a tokenizer without a chat template.
-    judge_draws: answers a prompt that the judge compares.
+    ..._format: for rows whose fields fit several formats, or none but the one that is named;
+    "en:de" names the fields of source and target. lora_rank: 0 trains all weights.
+    plain_template: a chat template for a tokenizer without one. raw_prompts: plain prompts are fed
+    as they stand, also where there is a chat template. judge_draws: answers a prompt that the judge
+    compares.
     """
 
     model: str = ""
     demonstrations: str = ""
-    demonstrations_format: Format = ""
+    demonstrations_format: str = ""
     preferences: str = ""
-    preferences_format: Format = ""
+    preferences_format: str = ""
     prompts: str = ""
-    prompts_format: Format = ""
+    prompts_format: str = ""
     scorer: str = ""
     held_out: float = 0.1
     max_prompt: int = 128
     max_response: int = 128
     plain_template: bool = False
+    raw_prompts: bool = False
     on_bad_row: Literal["error", "drop"] = "error"
     lora_rank: int = 0
+    lora_alpha: float = 16.0
     judge_draws: int = 4
     sft: sft.Config = sft.Config()
 
@@ -90,9 +90,11 @@ config = Config(
 
 
 def open_tokenizer(folder: pathlib.Path, plain_template: bool) -> tokenizers.Tokenizer:
-    """The folder's tokenizer, with the plain chat template where one is asked for."""
+    """The folder's tokenizer, with the plain chat template if it has none and one is asked for."""
     tokenizer = tokenizers.from_folder(folder)
-    return tokenizer.with_template(tokenizers.PLAIN_TEMPLATE) if plain_template else tokenizer
+    if plain_template and tokenizer.chat_template is None:
+        return tokenizer.with_template(tokenizers.PLAIN_TEMPLATE)
+    return tokenizer
 
 
 def open_scorer(config: Config, context: Context, tokenizer: tokenizers.Tokenizer) -> Model:
@@ -122,59 +124,100 @@ class Data(NamedTuple):
 class File(NamedTuple):
     """Rows with where they stand, split by prompt, and how they are to be read."""
 
+    path: str
     rows: list
     held_out: list
-    options: dict
+    format: formats.Format
 
-    def examples(self, read, *arguments) -> tuple[Examples, Examples]:
-        """Both parts, tokenised."""
-        return tuple(read(part, *arguments, **self.options) for part in (self.rows, self.held_out))
-
-    def has_chats(self) -> bool:
+    def chat(self) -> bool:
         """Whether some prompt is made of messages."""
         for row, where in self.rows:
             with contextlib.suppress(BadRow):
-                if not isinstance(formats.prompt(row, where, self.options["format"]).prompt, str):
+                if isinstance(formats.prompt(row, where, self.format).prompt, tuple):
                     return True
         return False
+
+
+def located(path: str, format: str) -> tuple[str | pathlib.Path, formats.Format]:
+    """File and format; "dataset_info.json:NAME" is an entry of LLaMA-Factory's list of datasets."""
+    file, _, name = path.rpartition(":")
+    if pathlib.Path(file).name == "dataset_info.json":
+        return formats.dataset_info(file, name)
+    if ":" in format:
+        return path, layouts.source_target(*format.split(":", 1))
+    if format and format not in formats.FORMATS:
+        known = ", ".join(formats.FORMATS)
+        raise ValueError(f"{format!r} is no format; use one of {known}, or SOURCE:TARGET")
+    return path, format or None
 
 
 def open_file(config: Config, path: str, format: str) -> File | None:
     """None without a path. Raises ValueError for a file of which one part would be empty."""
     if not path:
         return None
-    options = {"format": format or None, "on_bad_row": config.on_bad_row}
-    found = builders.load(path, on_bad_row=config.on_bad_row)
-    rows, held_out = mixing.split(found, config.held_out, format=options["format"])
+    source, format = located(path, format)
+    found = builders.load(source, on_bad_row=config.on_bad_row)
+    rows, held_out = mixing.split(found, config.held_out, format=format)
     if not rows or not held_out:
+        for row, where in rows[:1]:
+            formats.prompt(row, where, format)  # rows that cannot be read are not held out
         raise ValueError(
             f"{path}: {len(rows)} rows to train on and {len(held_out)} held out; give more "
             f"rows or another held_out than {config.held_out}"
         )
-    return File(rows, held_out, options)
+    return File(path, rows, held_out, format)
+
+
+def check_chats(config: Config, tokenizer: tokenizers.Tokenizer, files: list[File]) -> None:
+    """Raises ValueError unless the conversations of the files can be rendered, and all alike."""
+    for file in files:
+        if not file.chat():
+            continue
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"{file.path}: its rows are messages, but the tokenizer has no chat template; take "
+                "the model and tokenizer of a chat model, or --plain-template"
+            )
+        if config.raw_prompts:
+            raise ValueError(
+                f"{file.path}: its rows are messages, which raw prompts of other files would not "
+                "look like; leave --raw-prompts out"
+            )
 
 
 def read(config: Config, tokenizer: tokenizers.Tokenizer) -> Data:
-    """Reads all files before anything is trained. Raises ValueError for what no stage can use."""
-    sizes = (tokenizer, config.max_prompt, config.max_response)
+    """Reads all files before anything is trained. Raises ValueError for what no stage can use.
+
+    Where the tokenizer has a chat template, all prompts go through it, whichever files are given:
+    the policy is asked as it was taught, and the scorer reads what it was trained on.
+    """
     told = open_file(config, config.demonstrations, config.demonstrations_format)
     ranked = open_file(config, config.preferences, config.preferences_format)
     asked = open_file(config, config.prompts, config.prompts_format) or ranked
+    check_chats(config, tokenizer, [file for file in (told, ranked, asked) if file])
+    template = tokenizer.chat_template is not None and not config.raw_prompts
+
+    def examples(tokenize, file: File, rows: list, *sizes: int, parse=formats.read) -> Examples:
+        format = formats.as_messages(file.format, parse) if template else file.format
+        return tokenize(rows, tokenizer, *sizes, format=format, on_bad_row=config.on_bad_row)
+
+    sizes = (config.max_prompt, config.max_response)
     found = dict.fromkeys(Data._fields)
     if told:
-        found["demonstrations"] = told.examples(batches.demonstrations, *sizes)
+        parts = (told.rows, told.held_out)
+        found["demonstrations"] = tuple(
+            examples(batches.demonstrations, told, part, *sizes) for part in parts
+        )
     if ranked:
-        halves = mixing.split(ranked.rows, 0.5, seed=1, format=ranked.options["format"])
-        parts = (*halves, ranked.held_out)
-        names = ("first", "second", "comparisons_eval")
-        for name, part in zip(names, parts):
-            found[name] = batches.comparisons(part, *sizes, **ranked.options)
+        halves = mixing.split(ranked.rows, 0.5, seed=1, format=ranked.format)
+        parts = {"first": halves[0], "second": halves[1], "comparisons_eval": ranked.held_out}
+        for name, part in parts.items():
+            found[name] = examples(batches.comparisons, ranked, part, *sizes)
     if asked:
-        # Plain prompts are asked as the other files ask: through the template where they are chats.
-        if any(file.has_chats() for file in (told, ranked) if file):
-            template = formats.as_messages(asked.options["format"])
-            asked = asked._replace(options=asked.options | {"format": template})
-        found["prompts"] = asked.examples(batches.prompts, tokenizer, config.max_prompt)
+        found["prompts"] = tuple(
+            examples(batches.prompts, asked, part, config.max_prompt, parse=formats.prompt)
+            for part in (asked.rows, asked.held_out)
+        )
     return Data(**found)
 
 
@@ -195,6 +238,8 @@ def run(config: Config, context: Context) -> dict:
     """The stages whose inputs are given; returns the summary."""
     if not config.model:
         raise ValueError("--model is missing: name the folder of a language model")
+    if not (config.demonstrations or config.preferences or config.scorer):
+        raise ValueError("nothing to do: name --demonstrations, --preferences or --scorer")
     if config.judge_draws < 1:
         raise ValueError(f"judge_draws={config.judge_draws} must be at least 1")
     base = huggingface.fetch(config.model)
@@ -206,7 +251,7 @@ def run(config: Config, context: Context) -> dict:
     if scorer is not None and data.prompts is None:
         raise ValueError("--prompts is missing: PPO needs prompts, and no preferences have any")
     if config.lora_rank:
-        adapter = lora.Config(rank=config.lora_rank)
+        adapter = lora.Config(rank=config.lora_rank, alpha=config.lora_alpha)
         policy = lora.attach(policy, adapter, jax.random.key(config.seed))
 
     def export(name: str, model: Model) -> None:

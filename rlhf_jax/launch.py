@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -39,6 +40,7 @@ from rlhf_jax.training.state import TrainingStopped
 # What may differ, and only grow, when a workdir is used again: the length of the last stage. An
 # earlier stage that grew would leave the later ones trained on a model that is no more.
 LENGTHS = ("num_iterations",)
+_PIECE, _READ_WHOLE = 2**16, 2**28  # bytes
 
 
 class Context(NamedTuple):
@@ -87,6 +89,7 @@ def _launch(run, flags, undo: contextlib.ExitStack) -> dict:
     workdir = _new_workdir(experiment) if flags.workdir is None else flags.workdir
     record = {"experiment": experiment, "config": plain(dataclasses.asdict(config))}
     record["data"] = None if data is None else str(data.resolve())
+    record["contents"] = _contents(record["config"])
     finished = _compare(workdir, record)
     log = Log(workdir, profile_steps=flags.profile)
     if finished is not None:
@@ -258,6 +261,9 @@ def _compare(workdir: Path, record: dict) -> dict | None:
     new = _flat(record["config"]) | {"experiment file": record["experiment"]}
     if before.get("data") and record["data"]:  # an experiment that needs none may be given one
         old, new = old | {"data": before["data"]}, new | {"data": record["data"]}
+    for name in before.get("contents", {}).keys() & record["contents"].keys():
+        key = f"contents of {name}"
+        old, new = (x | {key: y["contents"][name]} for x, y in ((old, before), (new, record)))
     changed = [name for name in (old | new) if old.get(name, ()) != new.get(name, ())]
     refused = [name for name in changed if not _longer(name, old, new)]
     if refused:
@@ -269,6 +275,33 @@ def _compare(workdir: Path, record: dict) -> dict | None:
     if changed or not (workdir / "summary.json").exists():
         return None
     return _read_json(workdir / "summary.json", "remove the file to finish the run again")
+
+
+def _contents(config: dict) -> dict[str, str]:
+    """A fingerprint of every file or folder that a text of the configuration names."""
+    paths = {
+        name: Path(value).expanduser()
+        for name, value in _flat(config).items()
+        if isinstance(value, str) and value
+    }
+    return {name: _fingerprint(path) for name, path in paths.items() if os.path.exists(path)}
+
+
+def _fingerprint(path: Path) -> str:
+    """A hash of a file, or of all files of a folder. Of large ones (weights) 64 places count."""
+    digest = hashlib.blake2b(digest_size=8)
+    files = sorted(x for x in path.rglob("*") if x.is_file()) if path.is_dir() else [path]
+    for file in files:
+        size = file.stat().st_size
+        places = range(0, size, _PIECE)
+        if size > _READ_WHOLE:
+            places = [(size - _PIECE) * i // 63 for i in range(64)]
+        digest.update(f"{file.relative_to(path)} {size}\n".encode())
+        with file.open("rb") as opened:
+            for place in places:
+                opened.seek(place)
+                digest.update(opened.read(_PIECE))
+    return digest.hexdigest()
 
 
 def _longer(name: str, old: dict, new: dict) -> bool:

@@ -254,6 +254,14 @@ def test_sources_that_are_not_there_or_of_another_kind_are_named(tmp_path, monke
     table = write(tmp_path / "prefs.csv", "a,b\n")
     kinds = r"\.jsonl, \.jsonl\.gz, \.json, \.json\.gz"
     fails(f"{table}: unknown kind of file; {kinds} are read", builders.load, table)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "dataset_info.json").write_text(json.dumps({"alpaca": {"file_name": "a.json"}}))
+    fails(
+        r".*other/dataset_info.json: not TFDS's; name a file of the folder, .*",
+        builders.load,
+        other,
+    )
     fails(rf"{tmp_path}: not a prepared TFDS folder \(no .*\); name .*", builders.load, tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     fails(
@@ -492,8 +500,8 @@ def test_comparisons_that_rank_nothing_are_dropped_and_counted():
         PAIR | {"rejected": "a"},
         {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]},
         {"prompt": "p", "responses": ["a", "a", "a"], "ranks": [0, 1, 2]},
-        {"prompt": "p", "responses": ["a", "a", "b"], "ranks": [0, 1, 1]},  # a above b is a pair
-        {"prompt": "p", "responses": ["a", "a", "b"], "ranks": [0, 1, 2]},
+        {"prompt": "p", "responses": ["a", "a", "b"], "ranks": [0, 0, 1]},  # equal, and ranked so
+        {"prompt": "p", "responses": ["a", "a", "b"], "ranks": [0, 1, 2]},  # a above a
         PAIR | {"margin": 1.0},  # another example than the first
         PAIR,
         PAIR | {"prompt": "p" * 9},
@@ -501,13 +509,13 @@ def test_comparisons_that_rank_nothing_are_dropped_and_counted():
     ]
     examples = batches.comparisons(rows, BYTES, max_prompt=8, max_response=8)
     assert examples.counts.dropped == {
-        "chosen equals rejected": 2,
+        "chosen equals rejected": 3,
         "no two ranks differ": 1,
         "exact duplicate": 1,
         "prompt over its limit": 1,
         "response over its limit": 1,
     }
-    assert examples.where == ["row 1", "row 5", "row 6", "row 7"]
+    assert examples.where == ["row 1", "row 5", "row 7"]
 
 
 def test_nothing_dropped_is_said_too_and_nothing_left_is_an_error():

@@ -400,6 +400,61 @@ def test_an_entry_that_is_not_there_or_not_local_is_named(tmp_path):
         formats.dataset_info(info, "remote")
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"num_samples": 9}, "'set' has 'num_samples', which is not read; write the rows out"),
+        ({"columns": {"tools": "tools"}}, "'set' has 'tools', which is not read"),
+        ({"columns": {"messages": "x", "images": "y"}}, "'set' has 'images', which is not read"),
+        ({"formatting": "openai"}, "'set' has the formatting 'openai'; alpaca and sharegpt are"),
+        ({"file_name": 3}, "'set' has no 'file_name'"),
+    ],
+)
+def test_an_entry_that_asks_for_what_is_not_read_is_refused(tmp_path, entry, message):
+    info = tmp_path / "dataset_info.json"
+    info.write_text(json.dumps({"set": {"file_name": "x.json"} | entry}))
+    with pytest.raises(ValueError, match=message):
+        formats.dataset_info(info, "set")
+    info.write_text("[1]")
+    with pytest.raises(ValueError, match="not LLaMA-Factory's; it holds an object of objects"):
+        formats.dataset_info(info, "set")
+
+
+def test_a_prompt_is_read_as_the_rest_of_its_row_says():
+    """`prompt` repeats the question as text where the turns are messages."""
+    chosen, rejected = messages("p", "a"), messages("p", "b")
+    pair = {"prompt": "p", "chosen": chosen, "rejected": rejected}
+    assert formats.prompt(pair, "").prompt == formats.read(pair, "").prompt == said("p")
+    assert formats.prompt({"prompt": "p", "messages": chosen}, "").prompt == said("p")
+    # Where nothing else can be read, the field it is.
+    for more in ({"chosen": 3, "rejected": rejected}, {"text": "t"}, pair | {"messages": chosen}):
+        assert formats.prompt({**more, "prompt": "p"}, "").prompt == "p"
+    spoken = formats.as_messages(None, formats.prompt)
+    assert formats.prompt({"prompt": "p", "gold": 3}, "", spoken).prompt == said("p")
+
+
+@pytest.mark.parametrize("extra", [{"history": 5}, {"history": "q"}])
+def test_a_history_that_is_no_list_is_a_fault_of_its_row(extra):
+    with pytest.raises(ValueError, match="^x:1: 'history' must be a list, got "):
+        formats.read(ALPACA | extra, "x:1")
+
+
+def test_a_role_that_is_no_text_is_a_fault_of_its_row():
+    turns = [{"role": ["user"], "content": "p"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(ValueError, match=r"^x:1: 'messages\[0\]' has the role \['user'\]; use"):
+        formats.read({"messages": turns}, "x:1")
+
+
+def test_a_ranking_above_an_equal_response_is_dropped_and_counted():
+    rows = [
+        {"prompt": "p", "responses": ["a", "a", "c"], "ranks": [0, 1, 2]},
+        {"prompt": "q", "responses": ["a", "a", "c"], "ranks": [0, 0, 1]},
+    ]
+    examples = batches.comparisons(rows, CHAT, 64, 64)
+    assert len(examples) == 1 and examples.where == ["row 2"]
+    assert examples.counts.dropped == {batches.SAME_RESPONSES: 1}
+
+
 # The real files: rows, rows without a fault, and one thing that is known of them.
 
 GERMAN = layouts.source_target("en", "de")

@@ -203,6 +203,29 @@ def test_another_data_folder_is_refused_and_none_at_all_is_not(capsys):
     assert "/b" in refused(capsys, "--workdir", "w", "--data", "b")
 
 
+def test_files_and_folders_that_changed_since_are_refused_by_field(capsys):
+    class Own(Experiment):
+        model: str = "m"
+        prompts: str = "p.jsonl"
+
+    pathlib.Path("m/deep").mkdir(parents=True)
+    weights, prompts = pathlib.Path("m/deep/weights"), pathlib.Path("p.jsonl")
+    for path in (weights, prompts):
+        path.write_bytes(b"a" * 200_000)
+    own = Own()
+    start("--workdir", "w", config=own)
+    start("--workdir", "w", config=own)
+    for path, field in ((prompts, "prompts"), (weights, "model")):
+        path.write_bytes(b"a" * 199_999 + b"b")
+        pathlib.Path("w/summary.json").unlink(missing_ok=True)  # interrupted, or finished: alike
+        with pytest.raises(SystemExit):
+            start("--workdir", "w", config=own)
+        assert f"contents of {field}=" in capsys.readouterr().err
+        path.write_bytes(b"a" * 200_000)
+    prompts.unlink()  # what reads it says so
+    start("--workdir", "w", config=own)
+
+
 def test_another_experiment_or_another_field_is_refused(capsys):
     class More(Experiment):
         alpha: float = 0.5

@@ -1,9 +1,11 @@
 """rlhf_jax.data.tokenizers: ids, special tokens and the boundary between prompt and completion."""
 
+import dataclasses
 import gzip
 import json
 import logging
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -189,6 +191,18 @@ def test_a_reward_model_that_reads_other_ids_or_another_template_is_refused():
         tokenizers.check_same(chat, byte_tokenizer())
     with pytest.raises(ValueError, match="^policy and reward model differ in ids and EOS; take"):
         tokenizers.check_same(train_bpe(TEXTS, 300), byte_tokenizer())
+    several = dataclasses.replace(byte_tokenizer(), eos_ids=(10, 257))
+    tokenizers.check_same(several, byte_tokenizer())  # a chat model ends in several ways
+    with pytest.raises(ValueError, match="^policy and reward model differ in EOS; take"):
+        tokenizers.check_same(dataclasses.replace(several, eos_ids=(10,)), byte_tokenizer())
+
+
+def test_a_folder_without_its_vocabulary_is_refused(tmp_path, real_data):
+    """AutoTokenizer makes an empty tokenizer of it, which trains on nothing."""
+    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        shutil.copy(real_data / "models" / "stories260K" / name, tmp_path)
+    with pytest.raises(ValueError, match="the vocabulary is missing; restore tokenizer.json, tok"):
+        from_folder(tmp_path)
 
 
 def test_a_continuation_never_changes_the_prompts_ids_and_spells_the_text():

@@ -80,6 +80,7 @@ def comparisons(
 ) -> Examples:
     """Tokenises rows with K >= 2 ranked or scored responses, of which two must differ in rank.
 
+    A row that ranks a response above an equal one is dropped, for it contradicts itself.
     Each response is BOS, prompt, response, EOS, or a rendered conversation. K is the largest number
     of responses of a row. A row with one response over its limit is dropped whole: a ranking
     without it is another ranking. Raises ValueError for a faulty row (or drops and counts it) or if
@@ -95,7 +96,7 @@ def comparisons(
         ]
         if not ranked:
             return NO_PAIR if len(set(ids)) > 1 else SAME_RESPONSES
-        return None if any(ranked) else SAME_RESPONSES
+        return None if all(ranked) else SAME_RESPONSES
 
     reader = _Reader(formats.comparison, format, on_bad_row, max_prompt + max_response)
     return _responses(rows, tokenizer, max_prompt, max_response, reader, use)

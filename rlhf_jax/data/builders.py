@@ -340,8 +340,15 @@ def _open(folder: pathlib.Path) -> Any:
             f"version, or a file ({', '.join(SUFFIXES)})"
         )
     import tensorflow_datasets as tfds
+    from google.protobuf.json_format import ParseError
 
-    return tfds.builder_from_directory(folder)
+    try:
+        return tfds.builder_from_directory(folder)
+    except ParseError:
+        raise ValueError(
+            f"{folder / 'dataset_info.json'}: not TFDS's; name a file of the folder, or one of "
+            "LLaMA-Factory's datasets as dataset_info.json:NAME"
+        ) from None
 
 
 def _registered(name: str, data_dir: str | os.PathLike | None) -> Any:

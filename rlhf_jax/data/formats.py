@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf_jax.data import layouts, schema
@@ -89,14 +89,18 @@ def annotation(row: Row | str, where: str, format: Format = None) -> Example:
 
 
 def prompt(row: Row | str, where: str, format: Format = None) -> Example:
-    """The prompt of any row; what else is in it is left alone where `prompt` is a field."""
-    if (
-        format is None
-        and isinstance(row, Mapping)
-        and ("prompt" in row or not (_fits(row) or _languages(row)))
-    ):
-        return layouts.prompt_only(row, where)
-    example = read(row, where, format)
+    """The prompt of any row, as the format of the row has it.
+
+    Of a row that fits none, or is faulty in what else it holds, the field `prompt`.
+    """
+    try:
+        example = read(row, where, format)
+    except BadRow:
+        if format is not None or isinstance(row, str):
+            raise
+        if "prompt" not in row and (_fits(row) or _languages(row)):
+            raise
+        example = layouts.prompt_only(row, where)
     if not example.prompt:
         schema.fail(where, "'prompt' is missing", PROMPT)
     return Example(example.prompt, language=example.language)
@@ -122,11 +126,16 @@ def renamed(fields: Mapping[str, str], format: Format = None) -> Layout:
     return layout
 
 
-def as_messages(format: Format = None) -> Layout:
-    """The format whose plain prompts become a user's turn, for models with a chat template."""
+def as_messages(
+    format: Format = None, parse: Callable[[Any, str, Format], Example] = read
+) -> Layout:
+    """The format whose plain prompts become a user's turn, for models with a chat template.
+
+    `parse=prompt` reads rows that need hold no more than a prompt.
+    """
 
     def layout(row: Row, where: str) -> Example:
-        example = read(row, where, format)
+        example = parse(row, where, format)
         if not isinstance(example.prompt, str) or not example.prompt:
             return example
         return example._replace(prompt=(Message("user", example.prompt.strip()),))
@@ -137,21 +146,37 @@ def as_messages(format: Format = None) -> Layout:
 def dataset_info(path: str | os.PathLike, name: str) -> tuple[pathlib.Path, Layout]:
     """File and format of one entry of a LLaMA-Factory dataset_info.json.
 
-    Raises ValueError for an entry that is missing or has no local file.
+    Raises ValueError for an entry that is missing, has no local file, or asks for what is not read
+    here: tools, images and the like, a part of the file, another formatting.
     """
     path = pathlib.Path(path)
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable dataset_info.json ({error})") from None
+    if not isinstance(entries, dict) or not all(isinstance(x, dict) for x in entries.values()):
+        raise ValueError(f"{path}: not LLaMA-Factory's; it holds an object of objects")
     if name not in entries:
         raise ValueError(f"{path}: no dataset {name!r}; it has {', '.join(sorted(entries))}")
     entry = entries[name]
-    if "file_name" not in entry:
+    if not isinstance(entry.get("file_name"), str):
         raise ValueError(f"{path}: {name!r} has no 'file_name'; download its file and name it")
+    columns = entry.get("columns", {})
+    unread = [x for x in _UNREAD if entry.get(x)] + [x for x in _UNREAD_COLUMNS if columns.get(x)]
+    if unread:
+        raise ValueError(
+            f"{path}: {name!r} has {unread[0]!r}, which is not read; write the rows out without it"
+        )
+    if entry.get("formatting", "alpaca") not in ("alpaca", "sharegpt"):
+        raise ValueError(
+            f"{path}: {name!r} has the formatting {entry['formatting']!r}; alpaca and sharegpt are "
+            "read, and files of other rows by their own name"
+        )
     return path.parent / entry["file_name"], _factory_format(entry)
 
 
+_UNREAD = ("num_samples", "subset", "folder")
+_UNREAD_COLUMNS = ("tools", "images", "videos", "audios")
 # LLaMA-Factory's names of columns, and the fields of its two layouts by default.
 _ALPACA = {"instruction": "prompt", "input": "query", "output": "response", "history": "history"}
 _ALPACA |= {"system": "system", "chosen": "chosen", "rejected": "rejected", "kto_tag": "kto_tag"}

@@ -321,7 +321,10 @@ def _user(row: Row, name: str, where: str, remedy: str) -> tuple[Message, ...]:
 def _instruction(row: Row, where: str) -> tuple[Message, ...]:
     """System turn, history and the instruction, its input on a line of its own."""
     turns = list(_system(row))
-    for i, pair in enumerate(row.get("history") or []):
+    history = row.get("history") or []
+    if not isinstance(history, list | tuple):
+        schema.fail(where, f"'history' must be a list, got {schema.shown(history)}", _ALPACA)
+    for i, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             found = f"'history[{i}]' must be [question, answer], got {schema.shown(pair)}"
             schema.fail(where, found, _ALPACA)

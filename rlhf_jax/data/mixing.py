@@ -22,8 +22,9 @@ def split(
     About `held_out` of all prompts, 0 to 1, are held out: those whose hash is lowest, whatever file
     or order they come in, so that several files are split alike. Case, white space and Unicode
     forms do not make another prompt. A conversation goes where the user's first turn says: with
-    all that it branches into, whatever the system turn. Of plain text all of it counts. A faulty
-    row stays in the first part, where `on_bad_row` meets it.
+    all that it branches into, whatever the system turn. Of plain text all of it counts, so that a
+    dialogue written out in one text is another prompt than the same in messages. A faulty row stays
+    in the first part, where `on_bad_row` meets it.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out={held_out} must lie between 0 and 1")

@@ -121,7 +121,7 @@ def message(turn: Any, name: str, where: str) -> Message:
         fail(where, f"{name!r} must be a message, got {shown(turn)}", remedy)
     role, content = ("from", "value") if "from" in turn else ("role", "content")
     said = field(turn, role, where, remedy)
-    if said not in _ROLES:
+    if not isinstance(said, str) or said not in _ROLES:
         fail(where, f"{name!r} has the role {shown(said)}", f"use one of {', '.join(_ROLES)}")
     body = check_text(turn.get(content), f"{name}.{content}", where, remedy)
     return Message(_ROLES[said], body)

@@ -250,11 +250,13 @@ def check_same(policy: Tokenizer, scorer: Tokenizer) -> None:
         name
         for name, of in (
             ("ids", lambda x: (x.backend.get_vocab(), x.encode(_SAMPLE))),
-            ("EOS", lambda x: set(x.eos_ids)),
             ("chat template", lambda x: x.chat_template),
         )
         if of(policy) != of(scorer)
     ]
+    # Of several EOS ids one in common will do: a scorer reads whatever ends the answer.
+    if not set(policy.eos_ids) & set(scorer.eos_ids):
+        differ.append("EOS")
     if differ:
         raise ValueError(
             f"policy and reward model differ in {' and '.join(differ)}; take a reward model of the "
@@ -303,7 +305,13 @@ def _backend(folder: pathlib.Path) -> tokenizers.Tokenizer:
         )
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    backend = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    if not backend.encode(_SAMPLE, add_special_tokens=False).ids:  # made without a vocabulary
+        raise ValueError(
+            f"{folder}: the vocabulary is missing; restore tokenizer.json, tokenizer.model, or "
+            "vocab.json and merges.txt"
+        )
+    return backend
 
 
 def _check_pad(folder: pathlib.Path, pad_id: int, eos_ids: tuple[int, ...], size: int) -> None:
