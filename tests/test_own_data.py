@@ -34,10 +34,12 @@ def files(tmp_path):
         ],
         "prompts": [{"prompt": f"The little {x}"} for x in ANIMALS],
     }
-    paths = {name: tmp_path / f"{name}.jsonl" for name in rows}
-    for name, path in paths.items():
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
-    return {name: str(path) for name, path in paths.items()}
+    return {name: jsonl(tmp_path / f"{name}.jsonl", these) for name, these in rows.items()}
+
+
+def jsonl(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def small(own_data, **changes):
@@ -86,15 +88,18 @@ def test_a_pretrained_model_is_tuned_aligned_and_read_by_transformers(
     assert 0.0 <= summary["ppo"]["win_rate_low"] <= summary["ppo"]["win_rate"] <= 1.0
     assert summary["ppo"]["kl"] != 0.0 and "gold_after" not in summary["ppo"]
     export = tmp_path / "run" / "export"
-    tokens = np.array([[1, 403, 407, 261, 378, 400]])
+    asked = torch.tensor([[1, 403, 407, 261, 378, 400]])
     policy = AutoModelForCausalLM.from_pretrained(export / "policy")
     with torch.no_grad():
-        theirs = policy(torch.tensor(tokens)).logits.numpy()
-        told = policy.generate(torch.tensor(tokens), max_new_tokens=8, do_sample=False)
+        told = policy.generate(asked, max_new_tokens=8, do_sample=False)
+        theirs = policy(told).logits.numpy()
         scorer = AutoModelForSequenceClassification.from_pretrained(export / "reward_model")
-        assert scorer(torch.tensor(tokens)).logits.shape == (1, 1)
-    np.testing.assert_allclose(logits(export / "policy", tokens), theirs, atol=1e-4)
-    assert np.abs(theirs - logits(model, tokens)).max() > 1e-3  # trained, not copied
+        assert scorer(told).logits.shape == (1, 1)
+    ours = logits(export / "policy", told.numpy())
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    start_of = asked.shape[1]
+    assert ours[0, start_of - 1 : -1].argmax(-1).tolist() == told[0, start_of:].tolist()
+    assert np.abs(theirs - logits(model, told.numpy())).max() > 1e-3  # trained, not copied
     assert len(AutoTokenizer.from_pretrained(export / "policy").decode(told[0])) > 10
 
 
@@ -132,6 +137,9 @@ def test_no_model_and_no_prompts_are_one_line(tmp_path, real_data, capsys):
     with pytest.raises(SystemExit):
         start(small(own_data), tmp_path / "run")
     assert "--model is missing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        start(small(own_data, model=str(real_data / "models" / "stories260K")), tmp_path / "run")
+    assert "nothing to do: name --demonstrations, --pref" in capsys.readouterr().err
 
 
 def test_folders_of_the_wrong_kind_are_refused_before_anything_is_trained(
@@ -169,24 +177,125 @@ def test_rows_that_fit_two_formats_are_read_as_the_one_that_is_named(
         {"prompt": a[0]["content"], "chosen": a, "rejected": b, "messages": a}
         for a, b in zip(turns[::2], turns[1::2])
     ]
-    file = tmp_path / "ultra.jsonl"
     # The first row is faulty, and must not decide how the others are read.
-    file.write_text("".join(json.dumps(row) + "\n" for row in [{"chosen": 3}, *rows]))
-    config = small(own_data, preferences=str(file), prompts=files["prompts"], plain_template=True)
-    config = dataclasses.replace(config, model=str(real_data / "models" / "stories260K"))
+    file = jsonl(tmp_path / "ultra.jsonl", [{"chosen": 3}, *rows])
+    config = small(own_data, preferences=file, prompts=files["prompts"], plain_template=True)
     config = dataclasses.replace(config, max_prompt=64, max_response=64, on_bad_row="drop")
-    tokenizer = own_data.open_tokenizer(own_data.pathlib.Path(config.model), True)
-    with pytest.raises(ValueError, match="no usable row is left .*32 faulty|faulty row"):
+    tokenizer = own_data.open_tokenizer(real_data / "models" / "stories260K", True)
+    with pytest.raises(
+        ValueError, match=r"no usable row is left \(\d+ rows, 0 kept, .* faulty row"
+    ):
         own_data.read(config, tokenizer)
     config = dataclasses.replace(config, preferences_format="preference")
     data = own_data.read(config, tokenizer)
     parts = (data.first, data.second, data.comparisons_eval)
     assert sum(len(part) for part in parts) == len(ANIMALS)
-    asked = tokenizer.decode(data.prompts[0].rows[0][0])
-    assert "The little" in asked and asked.strip().endswith("assistant:")
-    with pytest.raises(SystemExit):
-        launch.launch(own_data.run, config, ["--preferences-format", "parquet"])
-    assert "invalid choice" in capsys.readouterr().err.lower()
+    with pytest.raises(ValueError, match="'parquet' is no format; use one of text, prompt, "):
+        own_data.read(dataclasses.replace(config, preferences_format="parquet"), tokenizer)
+
+
+QUESTIONS = [f"What does a {x} do?" for x in ANIMALS]
+TEXTS = {
+    "text": [{"prompt": q, "completion": "It runs."} for q in QUESTIONS],
+    "alpaca": [{"instruction": q, "input": "", "output": "It runs."} for q in QUESTIONS],
+    "ultrachat": [
+        {
+            "prompt": q,
+            "messages": [
+                {"role": "user", "content": q},
+                {"role": "assistant", "content": "It runs."},
+            ],
+        }
+        for q in QUESTIONS
+    ],
+}
+PAIRS = {
+    "text": [{"prompt": q, "chosen": "It runs.", "rejected": "It is."} for q in QUESTIONS],
+    "alpaca": [{"instruction": q, "output": ["It runs.", "It is."]} for q in QUESTIONS],
+    "ultrafeedback": [
+        {
+            "prompt": q,
+            "chosen": [
+                {"role": "user", "content": q},
+                {"role": "assistant", "content": "It runs."},
+            ],
+            "rejected": [
+                {"role": "user", "content": q},
+                {"role": "assistant", "content": "It is."},
+            ],
+        }
+        for q in QUESTIONS
+    ],
+}
+
+
+@pytest.mark.parametrize("told", [*TEXTS, None])
+@pytest.mark.parametrize("ranked", PAIRS)
+@pytest.mark.parametrize("asked", ["text", None])
+def test_the_policy_is_asked_as_it_was_taught_and_scored_whatever_the_files(
+    tmp_path, real_data, told, ranked, asked
+):
+    own_data = experiment("own_data")
+    tokenizer = own_data.open_tokenizer(real_data / "tokenizers" / "minimind", False)
+    config = small(own_data, preferences=jsonl(tmp_path / "pairs.jsonl", PAIRS[ranked]))
+    config = dataclasses.replace(config, max_prompt=64)
+    if told:
+        told = jsonl(tmp_path / "texts.jsonl", TEXTS[told])
+    if asked:
+        asked = jsonl(tmp_path / "prompts.jsonl", [{"prompt": q} for q in QUESTIONS])
+    config = dataclasses.replace(config, demonstrations=told or "", prompts=asked or "")
+    data = own_data.read(config, tokenizer)
+    prompts = {tuple(row[0].tolist()) for part in data.prompts for row in part.rows}
+    assert len(prompts) == len(ANIMALS)
+    documents = [row[0][0] for part in data.demonstrations or () for row in part.rows]
+    for part in (data.first, data.second, data.comparisons_eval):
+        documents += [ids for row in part.rows for ids in row[0]]
+    assert documents
+    for ids in documents:
+        assert any(tuple(ids[: len(prompt)].tolist()) == prompt for prompt in prompts)
+    if asked:  # PPO alone, with a scorer from elsewhere
+        alone = dataclasses.replace(config, demonstrations="", preferences="")
+        found = own_data.read(alone, tokenizer).prompts
+        assert {tuple(row[0].tolist()) for part in found for row in part.rows} == prompts
+
+
+def test_raw_prompts_are_fed_as_they_stand_and_not_beside_messages(tmp_path, real_data):
+    own_data = experiment("own_data")
+    tokenizer = own_data.open_tokenizer(real_data / "tokenizers" / "minimind", False)
+    pairs = jsonl(tmp_path / "pairs.jsonl", PAIRS["text"])
+    config = small(own_data, preferences=pairs, raw_prompts=True)
+    data = own_data.read(config, tokenizer)
+    assert tokenizer.decode(data.prompts[0].rows[0][0]) in QUESTIONS
+    chats = jsonl(tmp_path / "chats.jsonl", TEXTS["ultrachat"])
+    config = dataclasses.replace(config, demonstrations=chats)
+    with pytest.raises(ValueError, match="chats.jsonl: its rows are messages, which raw prompts"):
+        own_data.read(config, tokenizer)
+    plain = own_data.open_tokenizer(real_data / "models" / "stories260K", False)
+    with pytest.raises(ValueError, match="the tokenizer has no chat template; .* --plain-template"):
+        own_data.read(config, plain)
+
+
+def test_entries_of_a_dataset_info_and_pairs_of_languages_are_files_too(tmp_path, real_data):
+    own_data = experiment("own_data")
+    tokenizer = own_data.open_tokenizer(real_data / "models" / "stories260K", False)
+    rows = [{"en": q, "de": "Es läuft."} for q in QUESTIONS]
+    file = jsonl(tmp_path / "pairs.jsonl", rows)
+    config = small(own_data, demonstrations=file, demonstrations_format="en:de")
+    config = dataclasses.replace(config, max_prompt=64, max_response=64)
+    train, held_out = own_data.read(config, tokenizer).demonstrations
+    assert len(train) + len(held_out) == len(ANIMALS)
+    info = tmp_path / "dataset_info.json"
+    columns = {"prompt": "en", "response": "de"}
+    info.write_text(json.dumps({"mine": {"file_name": "pairs.jsonl", "columns": columns}}))
+    config = dataclasses.replace(
+        config, demonstrations=f"{info}:mine", demonstrations_format="", plain_template=True
+    )
+    tokenizer = own_data.open_tokenizer(real_data / "models" / "stories260K", True)
+    train, held_out = own_data.read(config, tokenizer).demonstrations
+    assert len(train) + len(held_out) == len(ANIMALS)
+    wrong = dataclasses.replace(config, demonstrations=file)
+    with pytest.raises(ValueError, match="pairs.jsonl:1: the row is a translation without a dir"):
+        own_data.read(wrong, tokenizer)
 
 
 def test_more_iterations_replace_the_exported_policy(tmp_path, files, real_data):
