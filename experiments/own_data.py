@@ -42,32 +42,26 @@ import preferences
 
 
 class Config(pipeline.AlignmentConfig):
-    """Files and folders as above; lengths in tokens; `held_out` is a share of the prompts.
+    """What is trained on what. "" stands for none; lengths in tokens."""
 
-    ..._format: for rows whose fields fit several formats, or none but the one that is named;
-    "en:de" names the fields of source and target. lora_rank: 0 trains all weights.
-    plain_template: a chat template for a tokenizer without one. raw_prompts: plain prompts are fed
-    as they stand, also where there is a chat template. judge_draws: answers a prompt that the judge
-    compares.
-    """
-
-    model: str = ""
-    demonstrations: str = ""
+    model: str = ""  # folder or org/name of a language model
+    demonstrations: str = ""  # file of answers to imitate
+    # Where the fields fit several formats, or none: the name of one, or "en:de" (source:target).
     demonstrations_format: str = ""
-    preferences: str = ""
-    preferences_format: str = ""
-    prompts: str = ""
-    prompts_format: str = ""
-    scorer: str = ""
-    held_out: float = 0.1
-    max_prompt: int = 128
-    max_response: int = 128
-    plain_template: bool = False
-    raw_prompts: bool = False
-    on_bad_row: Literal["error", "drop"] = "error"
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
-    judge_draws: int = 4
+    preferences: str = ""  # file of comparisons
+    preferences_format: str = ""  # as demonstrations_format
+    prompts: str = ""  # file of prompts for PPO; without it those of the preferences
+    prompts_format: str = ""  # as demonstrations_format
+    scorer: str = ""  # folder or org/name of a reward model, which is then not trained
+    held_out: float = 0.1  # share of the prompts that nothing is trained on
+    max_prompt: int = 128  # what is longer is dropped and counted
+    max_response: int = 128  # EOS included
+    plain_template: bool = False  # gives a tokenizer without a chat template a plain one
+    raw_prompts: bool = False  # feeds plain prompts as they stand, despite a chat template
+    on_bad_row: Literal["error", "drop"] = "error"  # a row that cannot be used
+    lora_rank: int = 0  # of adapters; 0 trains all weights
+    lora_alpha: float = 16.0  # an adapter's scale is alpha / rank
+    judge_draws: int = 4  # answers to each held-out prompt that the judge compares
     sft: sft.Config = sft.Config()
 
 

@@ -35,14 +35,13 @@ SMALL = transformer.Config(
 
 
 class Config(configuration.Config):
-    """start: a language model (folder or org/name), or "" for `model` from noise, which `sft`
-    tunes first."""
+    """What reward models from preference data start from, and how they are trained."""
 
     seed: int = 0
-    start: str = ""
-    max_prompt: int = 192
-    max_response: int = 128
-    held_out: float = 0.2
+    start: str = ""  # a language model (folder or org/name); "": `model` from noise, `sft` first
+    max_prompt: int = 192  # tokens; what is longer is dropped and counted
+    max_response: int = 128  # tokens, EOS included
+    held_out: float = 0.2  # share of the prompts
     model: transformer.Config = SMALL
     sft: sft.Config = sft.Config(
         num_steps=150,

@@ -47,9 +47,9 @@ import preferences
 
 
 class Config(preferences.Config):
-    """alpaca_eval_rows: how many of the AlpacaEval rows are scored, spread evenly over the file."""
+    """As the other reward models, and the size of one test."""
 
-    alpaca_eval_rows: int = 1600
+    alpaca_eval_rows: int = 1600  # of the AlpacaEval rows, spread evenly over the file
 
 
 config = Config()

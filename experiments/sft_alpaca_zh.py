@@ -41,13 +41,13 @@ import preferences
 
 
 class Config(configuration.Config):
-    """start: a model to fine-tune (folder or org/name), or "" for `model` from noise."""
+    """What is tuned, and how."""
 
     seed: int = 0
-    start: str = ""
-    max_prompt: int = 128
-    max_response: int = 256
-    held_out: float = 0.1
+    start: str = ""  # a language model (folder or org/name); "": `model` from noise
+    max_prompt: int = 128  # tokens; what is longer is dropped and counted
+    max_response: int = 256  # tokens, EOS included
+    held_out: float = 0.1  # share of the prompts
     model: transformer.Config = preferences.SMALL
     sft: sft.Config = sft.Config(
         num_steps=300,

@@ -33,17 +33,13 @@ Gold = Callable[[str, str], float]  # (prompt, response) -> the score that nobod
 
 
 class AlignmentConfig(config.Config):
-    """Reward model, PPO and evaluation of a policy that exists.
+    """Reward model, PPO and evaluation of a policy that exists."""
 
-    `seed` seeds every stage (a stage's own seed is added to it); `best_of` counts the samples a
-    prompt of best-of-n; `num_shown` the prompts in the table of samples.
-    """
-
-    seed: int = 0
+    seed: int = 0  # of every stage; a stage's own seed is added to it
     reward_model: reward_model.Config = reward_model.Config()
     ppo: ppo.Config = ppo.Config()
-    best_of: int = 16
-    num_shown: int = 4
+    best_of: int = 16  # answers to a prompt in the evaluation, and of best-of-n
+    num_shown: int = 4  # prompts in the table of samples
 
 
 class Config(AlignmentConfig):

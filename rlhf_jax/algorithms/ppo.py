@@ -32,20 +32,15 @@ from rlhf_jax.training.metrics import Log
 class Config(config.Config):
     """Settings of a PPO run; clipping, GAE, epochs, value and KL coefficients default to TRL 1.x's.
 
-    batch_size: responses an iteration. kl_coef: reward per nat; with `kl_target` (nats a response)
-    it is adapted over about `kl_horizon` responses (Ziegler et al. 2019). score_at: where the score
-    is paid, see `advantages.shaped_rewards`. shared_critic: the value is a head on the policy's
-    trunk; else a network of its own. missing_eos_penalty: subtracted from the score of a response
-    that did not end. normalise_scores: by the running mean and standard deviation of all scores.
-    max_sampler_gap: bound on the mean |sampler - scorer| log-probability in bfloat16, nats.
+    With `kl_target` the KL coefficient is adapted (Ziegler et al. 2019).
     """
 
     num_iterations: int = 100
-    batch_size: int = 64
+    batch_size: int = 64  # responses an iteration
     max_new_tokens: int = 64
-    num_epochs: int = 4
-    num_minibatches: int = 1
-    micro_batches: int = 1
+    num_epochs: int = 4  # passes over them
+    num_minibatches: int = 1  # updates a pass
+    micro_batches: int = 1  # slices of a forward pass, to save memory; the loss is the same
     policy_optimizer: training.OptimizerConfig = training.OptimizerConfig(learning_rate=3e-5)
     critic_optimizer: training.OptimizerConfig = training.OptimizerConfig(learning_rate=1e-4)
     temperature: float = 1.0
@@ -54,17 +49,17 @@ class Config(config.Config):
     clip_eps: float = 0.2
     value_clip_eps: float = 0.2
     value_coef: float = 0.1
-    kl_coef: float = 0.05
-    kl_target: float | None = None
-    kl_horizon: float = 10000.0
-    score_at: Literal["last", "after_eos"] = "last"
+    kl_coef: float = 0.05  # reward a nat
+    kl_target: float | None = None  # nats a response
+    kl_horizon: float = 10000.0  # responses over which it is adapted
+    score_at: Literal["last", "after_eos"] = "last"  # see advantages.shaped_rewards
     whiten_rewards: bool = False
     whiten_advantages: bool = True
-    normalise_scores: bool = False
-    missing_eos_penalty: float = 0.0
-    shared_critic: bool = False
-    max_sampler_gap: float = 0.05
-    save_every: int = 25
+    normalise_scores: bool = False  # by the running mean and standard deviation of all
+    missing_eos_penalty: float = 0.0  # off the score of a response that did not end
+    shared_critic: bool = False  # a head on the policy's trunk, else a network of its own
+    max_sampler_gap: float = 0.05  # mean |sampler - loss| log-probability in bfloat16, nats
+    save_every: int = 25  # iterations between checkpoints
     seed: int = 0
 
 

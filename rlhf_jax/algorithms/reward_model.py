@@ -24,15 +24,18 @@ from rlhf_jax.training.metrics import Log
 
 
 class Config(config.Config):
-    """Settings of a reward-model run. `batch_size` counts prompts; all responses of a prompt are
-    one element, so that no pair of it is seen apart from the others (it overfits otherwise)."""
+    """Settings of a reward-model run.
+
+    All responses of a prompt are one element of a batch, so that no pair of it is seen apart from
+    the others (it overfits otherwise).
+    """
 
     num_steps: int = 300
-    batch_size: int = 32
-    micro_batches: int = 1
-    centring_coef: float = 0.0
+    batch_size: int = 32  # prompts, each with all its responses
+    micro_batches: int = 1  # slices of a forward pass, to save memory; the loss is the same
+    centring_coef: float = 0.0  # weight of (chosen + rejected)^2 of every pair
     optimizer: training.OptimizerConfig = training.OptimizerConfig()
-    save_every: int = 300
+    save_every: int = 300  # steps between checkpoints
     seed: int = 0
 
 

@@ -19,13 +19,13 @@ from rlhf_jax.training.metrics import Log
 
 
 class Config(config.Config):
-    """Settings of a fine-tuning run. `batch_size` counts rows of the global batch."""
+    """Settings of a fine-tuning run."""
 
     num_steps: int = 500
-    batch_size: int = 32
-    micro_batches: int = 1
+    batch_size: int = 32  # rows, of all devices together
+    micro_batches: int = 1  # slices of a forward pass, to save memory; the loss is the same
     optimizer: training.OptimizerConfig = training.OptimizerConfig()
-    save_every: int = 500
+    save_every: int = 500  # steps between checkpoints
 
 
 class Result(NamedTuple):

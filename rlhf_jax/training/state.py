@@ -30,14 +30,14 @@ class OptimizerConfig(config.Config):
 
     learning_rate: float = 3e-4
     warmup_steps: int = 0
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    final_scale: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "linear"  # of the decay after warm-up
+    final_scale: float = 0.0  # the learning rate decays to this share of itself
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    eps_form: Literal["torch", "tf"] = "torch"
+    eps_form: Literal["torch", "tf"] = "torch"  # where eps is added
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # of all gradients together
 
 
 class TrainState(NamedTuple):
