@@ -81,6 +81,28 @@ def test_only_the_targets_get_an_adapter():
     assert len(names) == 2 and all("query" in name or "value" in name for name in names)
 
 
+PLAIN_SHAPE = dict(vocab_size=264, num_layers=2, d_model=32, num_heads=4, d_ff=64, max_length=32)
+GPT2 = transformer.Config(
+    positions="learned", norm="layer", gated=False, qkv_bias=True, out_bias=True, mlp_bias=True,
+    activation="gelu_tanh", tied=True, **PLAIN_SHAPE
+)  # fmt: skip
+NEOX = transformer.Config(
+    norm="layer", gated=False, parallel=True, mlp_bias=True, tied=False, **PLAIN_SHAPE
+)
+
+
+@pytest.mark.parametrize("shape", [tiny.model().config, GPT2, NEOX])
+def test_without_named_targets_every_kernel_of_the_layers_that_there_is_gets_one(shape):
+    model = transformer.init(shape, jax.random.key(0))
+    model = transformer.with_score_head(model, jax.random.key(2))
+    adapted = noisy(lora.attach(model, lora.Config(rank=2), jax.random.key(1)))
+    names = {name for name in leaves(adapted) if "lora_a" in name}
+    kernels = {n for n in leaves(model) if "kernel" in n and "layer_" in n}
+    assert names == {n.replace("kernel", "lora_a") for n in kernels}
+    assert np.abs(logits(adapted) - logits(model)).max() > 0.1
+    np.testing.assert_allclose(logits(adapted), logits(lora.merge(adapted)), atol=1e-4)
+
+
 def test_parts_join_to_the_whole_and_a_model_without_adapter_is_all_trained():
     models = {"policy": attached(), "critic": tiny.model()}
     trainable, frozen = lora.trainable(models), lora.frozen(models)
@@ -97,6 +119,7 @@ def test_parts_join_to_the_whole_and_a_model_without_adapter_is_all_trained():
     [
         (lora.Config(rank=0), "rank=0 must be at least 1"),
         (lora.Config(targets=("query", "qkv")), r"targets=\['qkv'\]"),
+        (lora.Config(targets=("query", "score")), r"targets=\['score'\]"),
         (lora.Config(targets=("query", "head")), r"targets=\['head'\]"),  # never read there
     ],
 )
