@@ -415,6 +415,57 @@ def test_a_name_on_the_hub_is_fetched_without_pickles_or_code_and_a_folder_is_it
     assert name == "org/name-1.5B" and all(map(allowed, wanted)) and not any(map(allowed, other))
     with refused("absent", "no such folder", "org/name"):
         huggingface.fetch("absent")
+    for path in ("./absent/model", "../model", "~/model", "/absent/model", ".hidden/model"):
+        with refused(f"{path}: no such folder"):
+            huggingface.fetch(path)
+    assert len(asked) == 1
+
+
+class Answer:
+    """As much of a response of the hub as its errors ask for."""
+
+    headers, request = {}, None
+
+
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        (
+            "RepositoryNotFoundError",
+            ["neither a folder here nor a model on the hub", "check the spelling", "log in"],
+        ),
+        ("GatedRepoError", ["gated", "accept its licence", "https://huggingface.co/org/nmae"]),
+        ("LocalEntryNotFoundError", ["no such folder here", "could not be read (No connection.)"]),
+        ("HFValidationError", ["neither a folder here nor a model on the hub"]),
+    ],
+)
+def test_what_the_hub_does_not_give_is_refused_in_one_line_with_the_remedy(
+    name, parts, monkeypatch
+):
+    errors = pytest.importorskip("huggingface_hub.errors")
+    kind = getattr(errors, name)
+    answered = issubclass(kind, errors.HfHubHTTPError) and name != "LocalEntryNotFoundError"
+
+    def snapshot_download(*args, **kwargs):
+        raise kind("No connection.\nSeveral\nlines.", **({"response": Answer} if answered else {}))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with refused("org/nmae: ", *parts):
+        huggingface.fetch("org/nmae")
+
+
+def test_a_model_that_is_only_pickled_on_the_hub_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(FIELDS))  # what the patterns let through
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    with refused("org/old: ", "no safetensors", "pickle", "convert", "save_pretrained"):
+        huggingface.fetch("org/old")
+
+
+def test_the_folder_of_an_adapter_says_how_to_load_it(tmp_path):
+    record = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(record))
+    with refused(tmp_path, "an adapter of org/base", "load org/base, then load_adapter"):
+        huggingface.load(tmp_path)
 
 
 def split(folder):
