@@ -46,6 +46,9 @@ CASES = {
     "Llama, one key head, wide heads, tied": (
         "Llama", SMALL | dict(num_key_value_heads=1, head_dim=10, tie_word_embeddings=True)
     ),
+    "Llama, rope of its own": ("Llama", GROUPED | {
+        "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}
+    }),
     "Llama, linear rope": ("Llama", GROUPED | scaled("linear", factor=4.0)),
     "Llama, dynamic rope": ("Llama", GROUPED | scaled("dynamic", factor=4.0)),
     "Llama, llama3 rope": ("Llama", GROUPED | dict(head_dim=16) | scaled(
@@ -59,6 +62,9 @@ CASES = {
     )),
     "Mistral, window": ("Mistral", GROUPED | dict(sliding_window=3)),
     "Mistral, no window": ("Mistral", GROUPED | dict(sliding_window=None)),
+    "Ministral, layers of both kinds": ("Ministral", GROUPED | dict(
+        head_dim=4, sliding_window=3, layer_types=["full_attention", "sliding_attention"]
+    )),
     "Qwen2": ("Qwen2", GROUPED | dict(tie_word_embeddings=True)),
     "Qwen2, later layers windowed": (
         "Qwen2", GROUPED | dict(sliding_window=3, use_sliding_window=True, max_window_layers=1)
@@ -104,6 +110,8 @@ def random_model(transformers, case, kind, **fields):
 
     torch.manual_seed(0)
     name, options = CASES[case]
+    if not hasattr(transformers, f"{name.removesuffix('Text')}Config"):
+        pytest.skip(f"these transformers have no {name}")
     name, options = name.removesuffix("Text"), {"eos_token_id": None} | options | fields
     suffix = "Text" if name == "Gemma3" else ""
     if kind == "CausalLM" and name == "GPT2":
@@ -204,6 +212,80 @@ def test_logits_greedy_decoding_and_export_are_those_of_torch(case, tmp_path, tr
     jax.tree.map(np.testing.assert_array_equal, again.weights, ours.weights)
 
 
+# --- config.json edited by hand -------------------------------------------------------------------
+
+EDITED = {
+    "rope_scaling replaces rope_parameters, whose base is lost": (
+        "Llama, rope of its own", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    ),
+    "rope_scaling with the base beside it": ("Llama, rope of its own", {
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 77.0
+    }),
+    "rope_scaling with the base in it": ("Llama, rope of its own", {
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5.0},
+        "rope_theta": 77.0,
+    }),
+    "an empty rope_scaling replaces nothing": ("Llama, rope of its own", {"rope_scaling": {}}),
+    "the trained length beside rope_scaling is the one": ("Llama, rope of its own", {
+        "rope_scaling": {"rope_type": "yarn", **YARN}, "original_max_position_embeddings": 4
+    }),
+    "GPTNeoX, rope_scaling with base and share beside it": ("GPTNeoX", {
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rotary_emb_base": 50.0,
+        "rotary_pct": 0.5,
+    }),
+    "Phi3, rope_scaling beside a share": ("Phi3, part of the head turns", {
+        "rope_scaling": {"rope_type": "longrope", "short_factor": [2.0], "long_factor": [4.0]},
+    }),
+    "Gemma3, rope_scaling changes fields of full attention": (
+        "Gemma3", {"rope_scaling": {"factor": 2.0}, "rope_theta": 5.0}
+    ),
+    "Gemma3, flat rope_parameters are passed over": (
+        "Gemma3", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 5.0}
+    ),
+    "Mistral, every layer sees all": (
+        "Mistral, window", {"layer_types": ["full_attention"] * 2}
+    ),
+    "Mistral, every layer has a window": (
+        "Mistral, window", {"layer_types": ["sliding_attention"] * 2}
+    ),
+    "Mistral, layers of both kinds": (
+        "Mistral, window", {"layer_types": ["full_attention", "sliding_attention"]}
+    ),
+    "Mistral, layer_types of null": ("Mistral, window", {"layer_types": None}),
+    "Gemma, gelu is the approximation": ("Gemma", {"hidden_act": "gelu"}),
+    "Gemma2, gelu is gelu": ("Gemma2", {"hidden_activation": "gelu"}),
+    "Gemma3, gelu is gelu": ("Gemma3", {"hidden_activation": "gelu"}),
+    "Gemma2, no pattern is read": (
+        "Gemma2, no caps", {"sliding_window_pattern": 4, "layer_types": None}
+    ),
+    "Gemma3, a pattern is read": ("Gemma3", {"sliding_window_pattern": 2, "layer_types": None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_an_edited_configuration_is_read_as_by_the_auto_classes(name, tmp_path, transformers):
+    if name.startswith("Mistral") and not hasattr(transformers, "MinistralConfig"):
+        pytest.skip("these transformers have no Ministral")
+    case, change = EDITED[name]
+    random_model(transformers, case, "CausalLM").save_pretrained(tmp_path / "theirs")
+    record = tmp_path / "theirs" / "config.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    auto = functools.partial(
+        transformers.AutoModelForCausalLM.from_pretrained, attn_implementation="eager"
+    )
+    theirs, ours = auto(tmp_path / "theirs").eval(), huggingface.load(tmp_path / "theirs")
+    tokens, attend = prompts()
+    want, real = said(theirs, tokens, attend), np.asarray(attend) > 0
+    np.testing.assert_allclose(forward(ours, tokens, attend)[real], want[real], atol=1e-4)
+
+    huggingface.save(tmp_path / "ours", ours, like=tmp_path / "theirs")
+    huggingface.save(tmp_path / "new", ours)
+    for folder in ("ours", "new"):
+        assert huggingface.load(tmp_path / folder).config == ours.config
+        again = said(auto(tmp_path / folder).eval(), tokens, attend)
+        np.testing.assert_allclose(again[real], want[real], atol=1e-4)
+
+
 # --- texts beyond the trained length --------------------------------------------------------------
 
 LONG = {
@@ -257,7 +339,7 @@ def test_rows_longer_than_a_table_of_positions_are_refused():
 # --- scorers --------------------------------------------------------------------------------------
 
 SCORERS = [case for case in CASES if "," not in case] + [
-    "Llama, biases", "Mistral, window", "Phi3, window"
+    "Llama, biases", "Mistral, window", "Ministral, layers of both kinds", "Phi3, window"
 ]  # fmt: skip
 
 

@@ -415,6 +415,57 @@ def test_a_name_on_the_hub_is_fetched_without_pickles_or_code_and_a_folder_is_it
     assert name == "org/name-1.5B" and all(map(allowed, wanted)) and not any(map(allowed, other))
     with refused("absent", "no such folder", "org/name"):
         huggingface.fetch("absent")
+    for path in ("./absent/model", "../model", "~/model", "/absent/model", ".hidden/model"):
+        with refused(f"{path}: no such folder"):
+            huggingface.fetch(path)
+    assert len(asked) == 1
+
+
+class Answer:
+    """As much of a response of the hub as its errors ask for."""
+
+    headers, request = {}, None
+
+
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        (
+            "RepositoryNotFoundError",
+            ["neither a folder here nor a model on the hub", "check the spelling", "log in"],
+        ),
+        ("GatedRepoError", ["gated", "accept its licence", "https://huggingface.co/org/nmae"]),
+        ("LocalEntryNotFoundError", ["no such folder here", "could not be read (No connection.)"]),
+        ("HFValidationError", ["neither a folder here nor a model on the hub"]),
+    ],
+)
+def test_what_the_hub_does_not_give_is_refused_in_one_line_with_the_remedy(
+    name, parts, monkeypatch
+):
+    errors = pytest.importorskip("huggingface_hub.errors")
+    kind = getattr(errors, name)
+    answered = issubclass(kind, errors.HfHubHTTPError) and name != "LocalEntryNotFoundError"
+
+    def snapshot_download(*args, **kwargs):
+        raise kind("No connection.\nSeveral\nlines.", **({"response": Answer} if answered else {}))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with refused("org/nmae: ", *parts):
+        huggingface.fetch("org/nmae")
+
+
+def test_a_model_that_is_only_pickled_on_the_hub_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(FIELDS))  # what the patterns let through
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    with refused("org/old: ", "no safetensors", "pickle", "convert", "save_pretrained"):
+        huggingface.fetch("org/old")
+
+
+def test_the_folder_of_an_adapter_says_how_to_load_it(tmp_path):
+    record = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(record))
+    with refused(tmp_path, "an adapter of org/base", "load org/base, then load_adapter"):
+        huggingface.load(tmp_path)
 
 
 def split(folder):
@@ -532,6 +583,11 @@ def test_pickled_weights_are_refused_with_the_remedy(tmp_path):
         ({"num_hidden_layers": 0}, ["num_hidden_layers=0 must be a whole number of at least 1"]),
         ({"num_key_value_heads": 3}, ["num_attention_heads=2", "num_key_value_heads=3"]),
         ({"head_dim": 3}, ["head_dim=3 is odd"]),
+        ({"id2label": 5}, ["id2label=5 must be an object or null"]),
+        (
+            {"rope_scaling": {"rope_type": "axial"}, "rope_parameters": {"rope_type": "default"}},
+            ["rope_scaling has rope_type='axial'"],
+        ),
         ({"tie_word_embeddings": "no"}, ["tie_word_embeddings='no' must be true or false"]),
     ],
     ids=str,
@@ -625,6 +681,8 @@ OTHERS = {
         ("opt", {"do_layer_norm_before": False}, ["do_layer_norm_before=False", "only True"]),
         ("opt", {"word_embed_proj_dim": 4}, ["word_embed_proj_dim=4", "only hidden_size"]),
         ("gemma2", {"use_bidirectional_attention": True}, ["only False"]),
+        ("gemma2", {"layer_types": 5}, ["layer_types must name full_attention or"]),
+        ("gemma3", {"rope_parameters": {"full_attention": 5}}, ["an object or null for each"]),
         ("gemma2", {"layer_types": ["chunked"]}, ["layer_types must name full_attention or"]),
         ("gpt2", {"activation_function": ["gelu"]}, ["['gelu'] is not supported", "gelu_new"]),
         ("gemma2", {"final_logit_softcapping": 0}, ["must be a positive number"]),

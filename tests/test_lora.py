@@ -11,7 +11,7 @@ import safetensors.numpy
 import tiny
 
 from rlhf_jax.algorithms import ppo, reward_model, sft
-from rlhf_jax.models import huggingface, lora, transformer
+from rlhf_jax.models import heads, huggingface, lora, transformer
 from rlhf_jax.rewards import learned
 from rlhf_jax.training.checkpoint import Checkpoints
 
@@ -81,6 +81,28 @@ def test_only_the_targets_get_an_adapter():
     assert len(names) == 2 and all("query" in name or "value" in name for name in names)
 
 
+PLAIN_SHAPE = dict(vocab_size=264, num_layers=2, d_model=32, num_heads=4, d_ff=64, max_length=32)
+GPT2 = transformer.Config(
+    positions="learned", norm="layer", gated=False, qkv_bias=True, out_bias=True, mlp_bias=True,
+    activation="gelu_tanh", tied=True, **PLAIN_SHAPE
+)  # fmt: skip
+NEOX = transformer.Config(
+    norm="layer", gated=False, parallel=True, mlp_bias=True, tied=False, **PLAIN_SHAPE
+)
+
+
+@pytest.mark.parametrize("shape", [tiny.model().config, GPT2, NEOX])
+def test_without_named_targets_every_kernel_of_the_layers_that_there_is_gets_one(shape):
+    model = transformer.init(shape, jax.random.key(0))
+    model = transformer.with_score_head(model, jax.random.key(2))
+    adapted = noisy(lora.attach(model, lora.Config(rank=2), jax.random.key(1)))
+    names = {name for name in leaves(adapted) if "lora_a" in name}
+    kernels = {n for n in leaves(model) if "kernel" in n and "layer_" in n}
+    assert names == {n.replace("kernel", "lora_a") for n in kernels}
+    assert np.abs(logits(adapted) - logits(model)).max() > 0.1
+    np.testing.assert_allclose(logits(adapted), logits(lora.merge(adapted)), atol=1e-4)
+
+
 def test_parts_join_to_the_whole_and_a_model_without_adapter_is_all_trained():
     models = {"policy": attached(), "critic": tiny.model()}
     trainable, frozen = lora.trainable(models), lora.frozen(models)
@@ -97,6 +119,7 @@ def test_parts_join_to_the_whole_and_a_model_without_adapter_is_all_trained():
     [
         (lora.Config(rank=0), "rank=0 must be at least 1"),
         (lora.Config(targets=("query", "qkv")), r"targets=\['qkv'\]"),
+        (lora.Config(targets=("query", "score")), r"targets=\['score'\]"),
         (lora.Config(targets=("query", "head")), r"targets=\['head'\]"),  # never read there
     ],
 )
@@ -188,6 +211,7 @@ def llama_folder(tmp_path):
         num_key_value_heads=2,
         max_position_embeddings=32,
     )
+    config.pad_token_id = 0  # by which transformers finds the last token
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     return tmp_path / "base", huggingface.load(tmp_path / "base")
 
@@ -215,23 +239,104 @@ def test_peft_reads_an_adapter_of_ours(tmp_path, targets):
         np.testing.assert_array_equal(leaves(again)[name], x, err_msg=name)
 
 
-def test_an_adapter_of_peft_is_read(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # of EVA's missing step
+@pytest.mark.parametrize("init", [True, "orthogonal", "eva", "mica"])
+def test_an_adapter_of_peft_is_read(tmp_path, init):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     folder, base = llama_folder(tmp_path)
     wrapped = peft.get_peft_model(
         AutoModelForCausalLM.from_pretrained(folder),
-        peft.LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj", "up_proj"]),
+        peft.LoraConfig(
+            r=4, lora_alpha=10, target_modules=["q_proj", "up_proj"], init_lora_weights=init
+        ),
     )
     for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
+        if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     wrapped.save_pretrained(tmp_path / "adapter")
     model = huggingface.load_adapter(tmp_path / "adapter", base, like=folder)
     np.testing.assert_allclose(logits(model)[0], theirs(tmp_path), atol=1e-4)
     assert np.abs(logits(model) - logits(base)).max() > 0.1
     assert not lora.has_adapter(base)
+
+
+def their_scores(folder, adapter):
+    """Of TOKENS, by peft's adapter on transformers' classifier of one label."""
+    import torch
+
+    model = adapter(their_classifier(folder)).eval()
+    with torch.no_grad():
+        rows = [
+            model(torch.tensor(np.asarray(x[m > 0]))[None]).logits[0]
+            for x, m in zip(TOKENS, ATTEND)
+        ]
+    return np.concatenate(rows)
+
+
+def their_classifier(folder):
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
+
+
+def test_peft_reads_a_scorers_adapter_of_ours_with_its_head(tmp_path):
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("torch")
+    folder, base = llama_folder(tmp_path)
+    both = noisy(lora.attach(base, CONFIG, jax.random.key(0)))
+    both = transformer.with_score_head(both, jax.random.key(1))
+    with pytest.raises(ValueError, match="say head='lm' or 'score'"):
+        huggingface.save_adapter(tmp_path / "x", both, like=folder)
+    scorer = transformer.without_lm_head(both)
+    huggingface.save_adapter(tmp_path / "adapter", scorer, like=folder)
+    want = heads.sequence_scores(scorer, TOKENS, ATTEND)
+    got = their_scores(
+        tmp_path, lambda base: peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    )
+    np.testing.assert_allclose(want, got, atol=1e-4)
+    assert np.abs(want - heads.sequence_scores(both, TOKENS[::-1], ATTEND)).max() > 0.1
+    # The language model it was trained from becomes the scorer; one that has both heads keeps both.
+    for start in (base, transformer.with_score_head(base, None)):
+        again = huggingface.load_adapter(tmp_path / "adapter", start, like=folder)
+        assert ("head" in again.weights) == ("score" in start.weights)
+        for name, x in leaves(scorer).items():
+            np.testing.assert_array_equal(leaves(again)[name], x, err_msg=name)
+    assert "score" not in base.weights
+    shifted = {**scorer.weights, "score": scorer.weights["score"] | {"bias": jnp.ones(1)}}
+    with pytest.raises(ValueError, match="bias is 1, .*without_score_bias"):
+        huggingface.save_adapter(
+            tmp_path / "x", transformer.Model(scorer.config, shifted), like=folder
+        )
+    record = tmp_path / "adapter" / "adapter_config.json"
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors.pop("base_model.model.score.weight")
+    safetensors.numpy.save_file(tensors, file)
+    with pytest.raises(ValueError, match="score.weight is missing, but task_type is SEQ_CLS"):
+        huggingface.load_adapter(record.parent, base, like=folder)
+
+
+def test_a_scorers_adapter_of_peft_is_read_with_its_head(tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    folder, base = llama_folder(tmp_path)
+    targets = ["q_proj", "up_proj"]
+    wrapped = peft.get_peft_model(
+        their_classifier(tmp_path),
+        peft.LoraConfig(r=4, lora_alpha=10, target_modules=targets, task_type="SEQ_CLS"),
+    )
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    scorer = huggingface.load_adapter(tmp_path / "adapter", base, like=folder)
+    got = heads.sequence_scores(scorer, TOKENS, ATTEND)
+    np.testing.assert_allclose(got, their_scores(tmp_path, lambda base: wrapped), atol=1e-4)
+    assert np.abs(got).max() > 0.1 and "head" not in scorer.weights
+
+
+VARIANTS = ("kasa_config", "use_bdlora", "velora_config", "monteclora_config", "arrow_config")
 
 
 def test_adapters_that_are_not_plain_lora_are_refused(tmp_path):
@@ -247,6 +352,13 @@ def test_adapters_that_are_not_plain_lora_are_refused(tmp_path):
     for change, message in (
         ({"use_dora": True}, "use_dora=True is not plain LoRA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not plain LoRA"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga' is not plain LoRA"),
+        ({"use_rslora": True}, "use_rslora=True is not plain LoRA"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication=.* is not plain LoRA"),
+        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern=.* is not plain LoRA"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices=.* is not plain LoRA"),
+        *(({name: {}}, f"{name}={{}} is not plain LoRA") for name in VARIANTS),
+        ({"use_what_comes_next": True}, "use_what_comes_next=True is not plain LoRA"),
         ({"lora_alpha": None}, "lora_alpha=None must be a positive number"),
         ({"r": 3}, r"q_proj.lora_A.weight has shape \(2, 32\)"),
     ):
@@ -264,6 +376,9 @@ def test_adapters_that_are_not_plain_lora_are_refused(tmp_path):
         safetensors.numpy.save_file(kept, adapter / "adapter_model.safetensors")
         with pytest.raises(ValueError, match=message):
             huggingface.load_adapter(adapter, base, like=folder)
+    (adapter / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com")
+    with pytest.raises(ValueError, match="adapter_model.safetensors: damaged or not a safetensors"):
+        huggingface.load_adapter(adapter, base, like=folder)
     record.unlink()
     with pytest.raises(ValueError, match="holds no adapter_config.json"):
         huggingface.load_adapter(adapter, base, like=folder)

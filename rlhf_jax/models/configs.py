@@ -21,6 +21,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+KINDS = ("sliding_attention", "full_attention")
 WRITTEN_ACTIVATIONS = {
     "silu": "silu",
     "gelu": "gelu",
@@ -34,7 +35,9 @@ def family_of(fields: dict[str, Any], file: str = "config.json") -> tuple[famili
     names = fields.get("architectures")
     for family in families.FAMILIES:
         if names in ([family.causal], [family.classifier]):
-            return family, names == [family.classifier]
+            # As transformers' auto classes do: a Mistral with kinds of layers is a Ministral.
+            kinds = family is families.MISTRAL and "layer_types" in fields
+            return families.MINISTRAL if kinds else family, names == [family.classifier]
     known = [x for family in families.FAMILIES for x in (family.causal, family.classifier)]
     mixture = isinstance(names, list) and any(MIXTURES.search(str(name)) for name in names)
     why = " (a mixture of experts, none of which is built)" if mixture else ""
@@ -88,8 +91,11 @@ def _refuse(family, fields, classifier, file):
         raise ValueError(
             f"{file}: word_embed_proj_dim={projected!r} is not supported; only hidden_size is"
         )
-    labels = len(fields.get("id2label") or "12")  # two, where transformers writes none
-    if classifier and (labels := fields.get("num_labels", labels)) != 1:
+    named = fields.get("id2label")
+    if not isinstance(named, dict | None):
+        raise ValueError(f"{file}: id2label={named!r} must be an object or null")
+    labels = fields.get("num_labels", len(named or "12"))  # two, where transformers writes none
+    if classifier and labels != 1:
         raise ValueError(
             f"{file}: a classifier of num_labels={labels} is not supported; only 1, a score, is"
         )
@@ -122,8 +128,9 @@ def _value(hint, fields, name, defaults, file):
         raise ValueError(
             f"{file}: {name}={value!r} is not supported; these are: {', '.join(ACTIVATIONS)}"
         )
-    # Gemma 1's files say "gelu" and mean its approximation, as transformers knows.
-    legacy = value == "gelu" and defaults.get(name) == "gelu_pytorch_tanh"
+    # Gemma 1's files say "gelu" and mean its approximation, as transformers knows. In the later
+    # ones, whose field is hidden_activation, it is what it says.
+    legacy = (name, value) == ("hidden_act", "gelu") and defaults.get(name) == "gelu_pytorch_tanh"
     return "gelu_tanh" if legacy else ACTIVATIONS[value]
 
 
@@ -151,7 +158,7 @@ def _window(family, fields, values, file):
     kinds = fields.get("layer_types") if family.full else None
     if kinds is None:
         full = tuple(family.full(fields)) if family.full else ()
-    elif len(kinds) == depth and set(kinds) <= {"full_attention", "sliding_attention"}:
+    elif isinstance(kinds, list) and len(kinds) == depth and all(x in KINDS for x in kinds):
         full = tuple(i for i in range(depth) if kinds[i] == "full_attention")
     else:
         raise ValueError(
@@ -163,19 +170,36 @@ def _window(family, fields, values, file):
     return {"full_layers": full}
 
 
+def _rope_fields(family, fields, file):
+    """(fields of rotary positions, those of Gemma 3's windowed layers, where the first stand).
+
+    In the precedence of transformers 5: `rope_scaling` replaces the whole of `rope_parameters`,
+    its rope_theta too, but in Gemma 3, where it changes single fields of its full_attention.
+    """
+    scaling, given = fields.get("rope_scaling"), fields.get("rope_parameters")
+    name, near = "rope_scaling" if scaling else "rope_parameters", None
+    for key, value in (("rope_scaling", scaling), ("rope_parameters", given)):
+        if not isinstance(value, dict | None):
+            raise ValueError(f"{file}: {key}={value!r} must be an object or null")
+    if family.model_type == "gemma3_text":
+        near, far = ((given or {}).get(x) for x in ("sliding_attention", "full_attention"))
+        if not isinstance(near, dict | None) or not isinstance(far, dict | None):
+            raise ValueError(f"{file}: rope_parameters must hold an object or null for each kind")
+        scaling = (far or {"rope_type": "default"}) | (scaling or {})
+    return scaling or given or {}, near or {}, name
+
+
 def _rope(family, fields, values, file):
     """The options of rotary positions, from either spelling."""
-    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
-    given = fields.get(name) or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"{file}: {name}={given!r} must be an object or null")
     found = {}
+    given, near, name = _rope_fields(family, fields, file)
     if family.model_type == "gemma3_text":
-        local, near = fields.get("rope_local_base_freq", 1e4), given.get("sliding_attention") or {}
         if near.get("rope_type", "default") != "default":
-            raise ValueError(f"{file}: {name}.sliding_attention is scaled, which is not supported")
-        found["local_rope_base"] = real("rope_local_base_freq", near.get("rope_theta", local), file)
-        given = given.get("full_attention") or ({} if near else given)
+            raise ValueError(
+                f"{file}: rope_parameters.sliding_attention is scaled, which is not supported"
+            )
+        base = near.get("rope_theta", fields.get("rope_local_base_freq", 1e4))
+        found["local_rope_base"] = real("rope_local_base_freq", base, file)
     base = fields.get(family.base, family.defaults.get(family.base, 1e4))
     found["rope_base"] = real(family.base, given.get("rope_theta", base), file)
     key = family.share or "partial_rotary_factor"
@@ -255,7 +279,8 @@ def fields_from(config: transformer.Config, classifier: bool = False) -> dict[st
     wanted = dataclasses.replace(config, dtype="float32")
     for family in families.FAMILIES:
         fixed = {"positions": "rotary"} | family.fixed
-        if all(vars(config)[name] == value for name, value in fixed.items()):
+        turns = family.share or config.rotary_dim is None  # else their shares of heads would differ
+        if turns and all(vars(config)[name] == value for name, value in fixed.items()):
             fields = _fields(family, config, classifier)
             if config_from(fields) == wanted:
                 return fields
@@ -275,8 +300,7 @@ def _fields(family, config, classifier):
         value = vars(config)[ours]
         fields[theirs] = WRITTEN_ACTIVATIONS[value] if ours == "activation" else value
     if config.window is not None and family.full:
-        kinds = ("sliding_attention", "full_attention")
-        fields["layer_types"] = [kinds[i in config.full_layers] for i in range(config.num_layers)]
+        fields["layer_types"] = [KINDS[i in config.full_layers] for i in range(config.num_layers)]
         if family.full is families.first_windowless:
             fields["use_sliding_window"] = True
     if config.positions == "learned":

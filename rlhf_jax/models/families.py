@@ -5,7 +5,6 @@ A family has no code of its own: what is said here is read by import and written
 
 from __future__ import annotations
 
-import functools
 import re
 import typing
 from typing import Any, NamedTuple
@@ -107,10 +106,19 @@ _BIASED = {"qkv_bias": True, "out_bias": True}
 _QWEN_DEFAULTS = _DEFAULTS | {"sliding_window": 4096}
 
 
-def _every(step: int, fields: dict) -> range:
-    """The last of each `step` layers."""
-    step = fields.get("sliding_window_pattern") or step
+def _even(fields: dict) -> range:
+    """Every second layer: Gemma 2 asks no field."""
+    return range(1, fields["num_hidden_layers"], 2)
+
+
+def _last_of_each(fields: dict) -> range:
+    """The last of each `sliding_window_pattern` layers: Gemma 3."""
+    step = fields.get("sliding_window_pattern") or 6
     return range(step - 1, fields["num_hidden_layers"], step)
+
+
+def _none(fields: dict) -> range:
+    return range(0)
 
 
 def first_windowless(fields: dict) -> range:
@@ -118,6 +126,20 @@ def first_windowless(fields: dict) -> range:
     return range(min(fields.get("max_window_layers", 28), fields["num_hidden_layers"]))
 
 
+MISTRAL = Family(
+    "mistral",
+    "MistralForCausalLM",
+    "MistralForSequenceClassification",
+    _MODULES,
+    _GROUPED | {"window": "sliding_window"},
+    _DEFAULTS | {"sliding_window": 4096, "num_key_value_heads": 8},
+)
+MINISTRAL = MISTRAL._replace(
+    model_type="ministral",
+    causal="MinistralForCausalLM",
+    classifier="MinistralForSequenceClassification",
+    full=_none,
+)
 FAMILIES = (
     Family(
         "llama",
@@ -128,14 +150,8 @@ FAMILIES = (
         _DEFAULTS,
         plain={"sliding_window": (None,)},
     ),
-    Family(
-        "mistral",
-        "MistralForCausalLM",
-        "MistralForSequenceClassification",
-        _MODULES,
-        _GROUPED | {"window": "sliding_window"},
-        _DEFAULTS | {"sliding_window": 4096, "num_key_value_heads": 8},
-    ),
+    MISTRAL,
+    MINISTRAL,
     Family(
         "qwen2",
         "Qwen2ForCausalLM",
@@ -221,7 +237,7 @@ FAMILIES = (
         _GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         _GEMMA | {"post_norms": True},
         _ONE_WAY,
-        full=functools.partial(_every, 2),
+        full=_even,
     ),
     Family(
         "gemma3_text",
@@ -232,7 +248,7 @@ FAMILIES = (
         _GEMMA_DEFAULTS | {"rope_theta": 1e6},
         _GEMMA | {"post_norms": True, "qk_norm": True},
         _ONE_WAY | {"attn_logit_softcapping": (None,)},
-        full=functools.partial(_every, 6),
+        full=_last_of_each,
     ),
     Family(
         "phi3",

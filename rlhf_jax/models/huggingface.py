@@ -17,8 +17,9 @@ import safetensors
 import safetensors.numpy
 
 from rlhf_jax import sharding
-from rlhf_jax.models import configs, families, lora, transformer
+from rlhf_jax.models import adapters, configs, families, lora, transformer
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PICKLED = re.compile(r"pytorch_model.*\.bin|.*\.(pt|pth|ckpt)")
 
 FETCHED = [
@@ -27,6 +28,7 @@ FETCHED = [
     "model.safetensors",
     "model.safetensors.index.json",
     "model-?????-of-?????.safetensors",
+    *ADAPTER_FILES,
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -109,14 +111,41 @@ def fetch(name: str | pathlib.Path) -> pathlib.Path:
     """A model's folder: `name` itself where it is one, else `org/name` from the Hugging Face hub.
 
     Downloads configuration, safetensors and tokenizer files only: never pickles, never code.
+    Raises ValueError for what is neither a folder nor a model there that can be read.
     """
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    name = str(name)
+    if name.startswith((".", "~", "/")):
+        raise ValueError(f"{name}: no such folder")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(f"{name}: no such folder, and not the org/name of a model on the hub")
     import huggingface_hub
+    from huggingface_hub import errors
 
-    return pathlib.Path(huggingface_hub.snapshot_download(str(name), allow_patterns=FETCHED))
+    try:
+        folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=FETCHED))
+    except errors.GatedRepoError as error:
+        raise ValueError(
+            f"{name}: gated on the hub; accept its licence at https://huggingface.co/{name} and "
+            "log in with `hf auth login`"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise ValueError(
+            f"{name}: neither a folder here nor a model on the hub; check the spelling, or log in "
+            "with `hf auth login` if it is private"
+        ) from error
+    except OSError as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{name}: no such folder here, and the hub could not be read ({why})"
+        ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{name}: the hub has no safetensors files of it; pickled weights (.bin) are not read "
+            "(a pickle can run any code): convert them once with transformers' save_pretrained"
+        )
+    return folder
 
 
 def _fields_of(folder: pathlib.Path) -> dict[str, Any]:
@@ -124,7 +153,13 @@ def _fields_of(folder: pathlib.Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder}: no such folder; a model is a local folder; fetch('org/name') downloads one"
         )
-    record = folder / "config.json"
+    record, adapter = folder / "config.json", folder / ADAPTER_FILES[0]
+    if not record.is_file() and adapter.is_file():
+        base = _read_json(adapter).get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder}: an adapter of {base}, not a model; load {base}, then "
+            "load_adapter(folder, model, like=its folder)"
+        )
     if not record.is_file():
         raise ValueError(f"{record}: no such file, so {folder} is not a model folder")
     return _read_json(record)
@@ -366,58 +401,27 @@ def _write_json(file, record):
 
 # --- adapters -------------------------------------------------------------------------------------
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_PEFT = "base_model.model."
-# Settings of peft that change what its adapter computes, and the values that leave it plain LoRA.
-PLAIN_LORA = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "lora_bias": (False, None),
-    "init_lora_weights": (True, False, "gaussian", None),  # the others change the base
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None,),
-}
-
 
 def save_adapter(
-    folder: str | pathlib.Path, model: transformer.Model, *, like: str | pathlib.Path
+    folder: str | pathlib.Path,
+    model: transformer.Model,
+    *,
+    like: str | pathlib.Path,
+    head: Literal["lm", "score"] | None = None,
 ) -> None:
-    """Writes a language model's adapter as peft reads it on top of `like`, the base's folder.
+    """Writes the model's adapter as peft reads it on top of `like`, the base's folder.
 
-    Raises ValueError for a model without an adapter, and for a family whose kernels transformers
+    `head`: which head the adapter is for, where a model has both. A scorer's ("score") is written
+    with the adapter, for `AutoModelForSequenceClassification` of `num_labels=1`, which needs the
+    base's `pad_token_id` to find the last token.
+    Raises ValueError for a model without an adapter, for a scalar head with a bias, which has no
+    place there (see `transformer.without_score_bias`), and for a family whose kernels transformers
     keeps fused (GPT-2, Phi-3, GPT-NeoX): there an adapter of ours is not one of theirs; export
     `lora.merge(model)` instead.
     """
+    head = _which_head(model, head)
     family, _ = configs.family_of(_fields_of(pathlib.Path(like)))
-    tensors, ranks, scales, targets = {}, set(), set(), set()
-    for kernel, node in _kernels(model.weights, family):
-        if "lora_a" not in node:
-            continue
-        module = kernel.removesuffix(".weight")
-        tensors[f"{_PEFT}{module}.lora_A.weight"] = np.ascontiguousarray(node["lora_a"].T)
-        tensors[f"{_PEFT}{module}.lora_B.weight"] = np.ascontiguousarray(node["lora_b"].T)
-        ranks.add(node["lora_a"].shape[1])
-        scales.add(float(node["lora_scale"]))
-        targets.add(module.rpartition(".")[2])
-    if not tensors:
-        raise ValueError("the model has no adapter to write; see lora.attach")
-    (rank,), (scale,) = ranks, scales
-    record = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(like),
-        "r": rank,
-        "lora_alpha": scale * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(targets),
-        "inference_mode": True,
-    }
+    record, tensors = adapters.to_peft(model, family, head, str(like))
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, folder / ADAPTER_FILES[1], metadata={"format": "pt"})
@@ -429,67 +433,18 @@ def load_adapter(
 ) -> transformer.Model:
     """`model`, which came from `like`, with the adapter of a peft folder; its arrays are shared.
 
+    An adapter that holds a scalar head (`SEQ_CLS` of one label) makes the model a scorer with it.
     Raises ValueError for a setting that is not plain LoRA, for a tensor that the model has no place
-    for (kernels of a fused family are none, see `save_adapter`) and for one that is misshapen.
+    for (kernels of a fused family are none, see `save_adapter`), for one that is misshapen and for
+    a damaged file.
     """
     record, file = (pathlib.Path(folder) / name for name in ADAPTER_FILES)
     if not record.is_file() or not file.is_file():
         raise ValueError(f"{folder}: holds no {' and '.join(ADAPTER_FILES)}, so it is no adapter")
-    settings = _read_json(record)
-    for name, plain in PLAIN_LORA.items():
-        if settings.get(name, plain[0]) not in plain:
-            raise ValueError(f"{record}: {name}={settings[name]!r} is not plain LoRA")
     if lora.has_adapter(model):
         raise ValueError("the model has an adapter already; load this one onto its base")
-    rank = configs.whole("r", settings.get("r"), str(record))
-    alpha = configs.real("lora_alpha", settings.get("lora_alpha", 8), str(record))
-    stored = safetensors.numpy.load_file(file)
     family, _ = configs.family_of(_fields_of(pathlib.Path(like)))
-    weights = jax.tree.map(lambda x: x, model.weights)  # the dictionaries anew, not the arrays
-    for kernel, node in _kernels(weights, family):
-        found = []
-        for letter, shape in (
-            ("A", (rank, node["kernel"].shape[0])),
-            ("B", (node["kernel"].shape[1], rank)),
-        ):
-            name = f"{_PEFT}{kernel.removesuffix('.weight')}.lora_{letter}.weight"
-            if name in stored:
-                found.append(stored.pop(name))
-                if found[-1].shape != shape:
-                    raise ValueError(
-                        f"{file}: tensor {name} has shape {found[-1].shape}, but rank and model "
-                        f"make it {shape}"
-                    )
-        if len(found) == 2:
-            a, b = (jnp.asarray(x.T, jnp.float32) for x in found)
-            node |= {"lora_a": a, "lora_b": b, "lora_scale": jnp.float32(alpha / rank)}
-        elif found:
-            raise ValueError(f"{file}: {kernel} has one of lora_A and lora_B, not both")
-    if stored:
-        raise ValueError(f"{file}: tensor {min(stored)} has no place in the model")
-    model = dataclasses.replace(model, weights=weights)
-    if not lora.has_adapter(model):
-        raise ValueError(f"{file}: holds no adapter of this model")
-    return model
-
-
-def _kernels(weights: dict, family):
-    """(their name, node) of every kernel that an adapter of peft can stand beside."""
-    nodes = {}
-
-    def walk(node, path):
-        for name, value in node.items():
-            if isinstance(value, dict):
-                walk(value, (*path, name))
-        if "kernel" in node and path[0] not in ("head", "score"):
-            nodes["/".join((*path, "kernel"))] = node
-
-    walk(weights, ())
-    for name, paths in families.groups(family, list(nodes)).items():
-        if len(paths) == 1 and not family.conv1d:
-            yield name, nodes[paths[0]]
-        elif any("lora_a" in nodes[path] for path in paths):
-            raise ValueError(
-                f"{family.causal} keeps {name} fused or turned, so an adapter beside it is not one "
-                "of peft's; export lora.merge(model) instead"
-            )
+    settings = _read_json(record)
+    with contextlib.ExitStack() as stack:
+        tensors = {name: x.handle[:] for name, x in _open_file(file, stack).items()}
+    return adapters.from_peft(model, family, settings, tensors, (str(record), str(file)))

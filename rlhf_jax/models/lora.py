@@ -28,11 +28,12 @@ ADAPTER = ("lora_a", "lora_b")
 
 
 class Config(config.Config):
-    """rank of the product; alpha: its scale is alpha / rank; targets: the kernels that get one."""
+    """rank of the product; alpha: its scale is alpha / rank; targets: the kernels that get one,
+    e.g. ("query", "value"); () means every kernel of the layers (peft's "all-linear")."""
 
     rank: int = 8
     alpha: float = 16.0
-    targets: tuple[str, ...] = ("query", "key", "value", "out", "gate", "up", "down")
+    targets: tuple[str, ...] = ()
 
 
 def attach(model: Model, config: Config, key: Array) -> Model:
@@ -47,9 +48,10 @@ def attach(model: Model, config: Config, key: Array) -> Model:
     if has_adapter(model):
         raise ValueError("the model has an adapter already; merge it first, or train that one")
     found = set()
+    wanted = lambda name: not config.targets or name in config.targets  # noqa: E731
 
     def add(path: tuple, node: dict, number: list[int]) -> dict:
-        if len(path) > 1 and path[-1] in config.targets and "kernel" in node:  # heads have none
+        if len(path) > 1 and "kernel" in node and wanted(path[-1]):  # heads have none
             found.add(path[-1])
             number[0] += 1
             size, out = node["kernel"].shape
