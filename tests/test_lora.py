@@ -240,8 +240,11 @@ def test_peft_reads_an_adapter_of_ours(tmp_path, targets):
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")  # of EVA's missing step
-@pytest.mark.parametrize("init", [True, "orthogonal", "eva", "mica"])
-def test_an_adapter_of_peft_is_read(tmp_path, init):
+@pytest.mark.parametrize(
+    ("init", "rslora"),
+    [(True, False), (True, True), ("orthogonal", False), ("eva", False), ("mica", False)],
+)
+def test_an_adapter_of_peft_is_read(tmp_path, init, rslora):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -249,7 +252,11 @@ def test_an_adapter_of_peft_is_read(tmp_path, init):
     wrapped = peft.get_peft_model(
         AutoModelForCausalLM.from_pretrained(folder),
         peft.LoraConfig(
-            r=4, lora_alpha=10, target_modules=["q_proj", "up_proj"], init_lora_weights=init
+            r=4,
+            lora_alpha=10,
+            target_modules=["q_proj", "up_proj"],
+            init_lora_weights=init,
+            use_rslora=rslora,
         ),
     )
     for name, parameter in wrapped.named_parameters():
@@ -353,7 +360,6 @@ def test_adapters_that_are_not_plain_lora_are_refused(tmp_path):
         ({"use_dora": True}, "use_dora=True is not plain LoRA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not plain LoRA"),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga' is not plain LoRA"),
-        ({"use_rslora": True}, "use_rslora=True is not plain LoRA"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication=.* is not plain LoRA"),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern=.* is not plain LoRA"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices=.* is not plain LoRA"),

@@ -16,6 +16,7 @@ _PEFT = "base_model.model."
 HARMLESS = {
     "r",
     "lora_alpha",
+    "use_rslora",
     "lora_dropout",
     "task_type",
     "target_modules",
@@ -102,6 +103,8 @@ def from_peft(
     check(settings, record)
     rank = configs.whole("r", settings.get("r"), record)
     alpha = configs.real("lora_alpha", settings.get("lora_alpha", 8), record)
+    # Rank-stabilised: alpha over the root (Kalajdzievski 2023, arXiv:2312.03732).
+    scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     weights = jax.tree.map(lambda x: x, model.weights)  # the dictionaries anew, not the arrays
     left = dict(tensors)
     for kernel, node in _kernels(weights, family):
@@ -115,7 +118,7 @@ def from_peft(
             raise ValueError(f"{file}: {kernel} has one of lora_A and lora_B, not both")
         if found:
             a, b = found
-            node |= {"lora_a": a, "lora_b": b, "lora_scale": jnp.float32(alpha / rank)}
+            node |= {"lora_a": a, "lora_b": b, "lora_scale": jnp.float32(scale)}
     score = _PEFT + families.stored_name(family, "score/kernel")
     if score in left:
         if "score" not in weights:
