@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from rlhf_jax.sampling import rollout as rollouts
 from rlhf_jax.sampling.rollout import Rollout
 from rlhf_jax.training.checkpoint import Checkpoints
 
+_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
 Gold = Callable[[str, str], float]  # (prompt, response) -> the score that nobody trains on
 
 
@@ -384,8 +386,11 @@ def texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]
 
 
 def distinct_bigrams(responses: Sequence[str]) -> float:
-    """Distinct word pairs as a share of all word pairs of the responses; 0 without any."""
-    pairs = [pair for words in map(str.split, responses) for pair in zip(words, words[1:])]
+    """Distinct word pairs as a share of all word pairs of the responses; 0 without any.
+
+    Words stand between blanks; a Chinese character or a kana is one by itself.
+    """
+    pairs = [pair for words in map(_WORDS.findall, responses) for pair in zip(words, words[1:])]
     return len(set(pairs)) / max(len(pairs), 1)
 
 

@@ -171,6 +171,7 @@ def test_sentiment_is_vaders_normalised_sum():
 def test_distinct_bigrams_counts_word_pairs():
     assert pipeline.distinct_bigrams(["a b a b", "b a"]) == 2 / 4
     assert pipeline.distinct_bigrams([""]) == 0.0
+    assert pipeline.distinct_bigrams(["你好你好,ok then"]) == 4 / 5  # 你好 好你 你好 好,ok ,ok·then
 
 
 @pytest.mark.parametrize("module", [sft, reward_model, ppo])
