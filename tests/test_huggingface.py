@@ -434,7 +434,7 @@ class Answer:
             "RepositoryNotFoundError",
             ["neither a folder here nor a model on the hub", "check the spelling", "log in"],
         ),
-        ("GatedRepoError", ["gated", "accept its licence", "https://huggingface.co/org/nmae"]),
+        ("GatedRepoError", ["gated", "accept its licence", "on its page there"]),
         ("LocalEntryNotFoundError", ["no such folder here", "could not be read (No connection.)"]),
         ("HFValidationError", ["neither a folder here nor a model on the hub"]),
     ],

@@ -127,8 +127,8 @@ def fetch(name: str | pathlib.Path) -> pathlib.Path:
         folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=FETCHED))
     except errors.GatedRepoError as error:
         raise ValueError(
-            f"{name}: gated on the hub; accept its licence at https://huggingface.co/{name} and "
-            "log in with `hf auth login`"
+            f"{name}: gated on the hub; accept its licence on its page there and log in with "
+            "`hf auth login`"
         ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise ValueError(
