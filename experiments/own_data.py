@@ -14,6 +14,25 @@ Nobody knows a gold score here. A share of all prompts is held out of every file
 tuned policy is compared with the one that SFT left, by a judge that PPO never saw: a second reward
 model, trained on the other half of the comparisons. It shares the first one's data source, so it
 can share its mistakes: read the table of samples too.
+
+Results, seed 0, 2 cores of an Intel Xeon, 2026-11-23, from the export of `sft_alpaca_zh` (3 million
+parameters), with `--on-bad-row drop` and the lengths and steps in brackets:
+
+                          alpaca_zh_demo,           HH-RLHF harmless as both
+                          comparison_gpt4_zh        (--max-prompt 160 --max-response 96
+                          (--sft.num-steps 40)       --ppo.max-new-tokens 96 --sft.num-steps 150
+                                                     --sft.optimizer.learning-rate 1e-3
+                                                     --reward-model.num-steps 80)
+    pairs, two halves     538, 546; 120 held out    298, 337; 66 held out
+    reward model, judge   89.2, 86.7 % right        62.1, 57.6 % right
+    win rate over SFT     62.8 % [59.8, 65.9]       65.3 % [60.5, 70.1]
+    KL, nats a response   5.1                       2.6
+    length, tokens        57 -> 66                  33 -> 14
+    minutes               21                        13
+
+The win rates show that PPO does what the reward model asks and that its twin agrees, no more. GPT-4
+writes more than the models that it is ranked above, and of two harmless answers people prefer the
+shorter 56 times in 100: the policies learned to write more, and less. Neither writes sentences.
 """
 
 from __future__ import annotations
