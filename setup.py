@@ -33,6 +33,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "beartype>=0.20",
             "hypothesis>=6",
             "nbclient>=0.10",
