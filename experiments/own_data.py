@@ -47,7 +47,8 @@ import numpy as np
 
 from rlhf_jax import pipeline
 from rlhf_jax.algorithms import ppo, reward_model, sft
-from rlhf_jax.data import batches, builders, formats, layouts, mixing, tokenizers
+from rlhf_jax.config import Source
+from rlhf_jax.data import batches, builders, formats, mixing, tokenizers
 from rlhf_jax.data.batches import Examples
 from rlhf_jax.data.schema import BadRow
 from rlhf_jax.launch import Context, launch
@@ -63,20 +64,21 @@ import preferences
 class Config(pipeline.AlignmentConfig):
     """What is trained on what. "" stands for none; lengths in tokens."""
 
-    model: str = ""  # folder or org/name of a language model
-    demonstrations: str = ""  # file of answers to imitate
+    model: Source = ""  # folder or org/name of a language model
+    demonstrations: Source = ""  # file of answers to imitate
     # Where the fields fit several formats, or none: the name of one, or "en:de" (source:target).
     demonstrations_format: str = ""
-    preferences: str = ""  # file of comparisons
+    preferences: Source = ""  # file of comparisons
     preferences_format: str = ""  # as demonstrations_format
-    prompts: str = ""  # file of prompts for PPO; without it those of the preferences
+    prompts: Source = ""  # file of prompts for PPO; without it those of the preferences
     prompts_format: str = ""  # as demonstrations_format
-    scorer: str = ""  # folder or org/name of a reward model, which is then not trained
+    scorer: Source = ""  # folder or org/name of a reward model, which is then not trained
     held_out: float = 0.1  # share of the prompts that nothing is trained on
     max_prompt: int = 128  # what is longer is dropped and counted
     max_response: int = 128  # EOS included
     plain_template: bool = False  # gives a tokenizer without a chat template a plain one
-    raw_prompts: bool = False  # feeds plain prompts as they stand, despite a chat template
+    # Plain prompts are fed as they stand, despite a chat template. No alpaca rows, which are chats.
+    raw_prompts: bool = False
     on_bad_row: Literal["error", "drop"] = "error"  # a row that cannot be used
     lora_rank: int = 0  # of adapters; 0 trains all weights
     lora_alpha: float = 16.0  # an adapter's scale is alpha / rank
@@ -142,38 +144,34 @@ class File(NamedTuple):
     held_out: list
     format: formats.Format
 
-    def chat(self) -> bool:
-        """Whether some prompt is made of messages."""
+    def kinds(self) -> set[str]:
+        """What its prompts are: "messages", "text", or "none" of plain text."""
+        found = set()
         for row, where in self.rows:
             with contextlib.suppress(BadRow):
-                if isinstance(formats.prompt(row, where, self.format).prompt, tuple):
-                    return True
-        return False
+                asked = prompt_of(row, where, self.format)
+                found.add("messages" if isinstance(asked, tuple) else "text" if asked else "none")
+        return found
 
 
-def located(path: str, format: str) -> tuple[str | pathlib.Path, formats.Format]:
-    """File and format; "dataset_info.json:NAME" is an entry of LLaMA-Factory's list of datasets."""
-    file, _, name = path.rpartition(":")
-    if pathlib.Path(file).name == "dataset_info.json":
-        return formats.dataset_info(file, name)
-    if ":" in format:
-        return path, layouts.source_target(*format.split(":", 1))
-    if format and format not in formats.FORMATS:
-        known = ", ".join(formats.FORMATS)
-        raise ValueError(f"{format!r} is no format; use one of {known}, or SOURCE:TARGET")
-    return path, format or None
+def prompt_of(row, where: str, format: formats.Format) -> str | tuple:
+    """The prompt of a row that is read for whatever it is fit for. Raises BadRow if for nothing."""
+    try:
+        return formats.read(row, where, format).prompt
+    except BadRow:
+        return formats.prompt(row, where, format).prompt
 
 
 def open_file(config: Config, path: str, format: str) -> File | None:
     """None without a path. Raises ValueError for a file of which one part would be empty."""
     if not path:
         return None
-    source, format = located(path, format)
+    source, format = formats.located(path, format)
     found = builders.load(source, on_bad_row=config.on_bad_row)
     rows, held_out = mixing.split(found, config.held_out, format=format)
     if not rows or not held_out:
-        for row, where in rows[:1]:
-            formats.prompt(row, where, format)  # rows that cannot be read are not held out
+        for row, where in rows if config.on_bad_row == "error" else ():
+            prompt_of(row, where, format)  # rows that cannot be read are not held out
         raise ValueError(
             f"{path}: {len(rows)} rows to train on and {len(held_out)} held out; give more "
             f"rows or another held_out than {config.held_out}"
@@ -181,21 +179,28 @@ def open_file(config: Config, path: str, format: str) -> File | None:
     return File(path, rows, held_out, format)
 
 
-def check_chats(config: Config, tokenizer: tokenizers.Tokenizer, files: list[File]) -> None:
-    """Raises ValueError unless the conversations of the files can be rendered, and all alike."""
-    for file in files:
-        if not file.chat():
-            continue
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                f"{file.path}: its rows are messages, but the tokenizer has no chat template; take "
-                "the model and tokenizer of a chat model, or --plain-template"
-            )
-        if config.raw_prompts:
-            raise ValueError(
-                f"{file.path}: its rows are messages, which raw prompts of other files would not "
-                "look like; leave --raw-prompts out"
-            )
+def check_prompts(config: Config, template: bool, told: File | None, others: list[File]) -> None:
+    """Raises ValueError where prompts of one file would be asked in another way than of the next.
+
+    `template`: whether the tokenizer has a chat template.
+    """
+    chats = [file for file in (told, *others) if file and "messages" in file.kinds()]
+    if chats and not template:
+        raise ValueError(
+            f"{chats[0].path}: its rows are read as messages, but the tokenizer has no chat "
+            "template; take the model and tokenizer of a chat model, or --plain-template"
+        )
+    if chats and config.raw_prompts:
+        raise ValueError(
+            f"{chats[0].path}: its rows are read as messages, which raw prompts of other files "
+            "would not look like; leave --raw-prompts out"
+        )
+    plain = told and others and not chats and "none" in told.kinds()
+    if plain and template and not config.raw_prompts:
+        raise ValueError(
+            f"{told.path}: its texts have no prompts, so they teach nothing about the chat "
+            "template that prompts would go through; feed those as they stand by --raw-prompts"
+        )
 
 
 def read(config: Config, tokenizer: tokenizers.Tokenizer) -> Data:
@@ -207,8 +212,9 @@ def read(config: Config, tokenizer: tokenizers.Tokenizer) -> Data:
     told = open_file(config, config.demonstrations, config.demonstrations_format)
     ranked = open_file(config, config.preferences, config.preferences_format)
     asked = open_file(config, config.prompts, config.prompts_format) or ranked
-    check_chats(config, tokenizer, [file for file in (told, ranked, asked) if file])
-    template = tokenizer.chat_template is not None and not config.raw_prompts
+    template = tokenizer.chat_template is not None
+    check_prompts(config, template, told, [file for file in (ranked, asked) if file])
+    template = template and not config.raw_prompts
 
     def examples(tokenize, file: File, rows: list, *sizes: int, parse=formats.read) -> Examples:
         format = formats.as_messages(file.format, parse) if template else file.format

@@ -20,8 +20,9 @@ limits. Accuracy on held-out pairs, %, with its interval:
     people's, English       381  64.3 [59.5, 69.1]  63.0 [58.1, 67.8]  67.1
     people's, Chinese       440  68.4 [62.4, 74.5]  69.1 [63.0, 75.2]  70.3
 
-Neither loss is above "longer wins" anywhere: the scores follow length (correlation 0.72 to 0.92 by
-rank loss, 0.59 to 0.84 by regression), which is GPT-4's style here and less what people rank by. On
+Neither loss is shown to be above "longer wins" anywhere: the scores follow length (correlation 0.72
+to 0.92 by rank loss, 0.59 to 0.84 by regression), which is GPT-4's style here and less what people
+rank by. On
 the 351 AlpacaEval rows that fit, the gaps order the models as GPT-4 does by 0.68 and 0.62.
 `start` takes a full-size model:
 

@@ -44,7 +44,9 @@ class Config(configuration.Config):
     """What is tuned, and how."""
 
     seed: int = 0
-    start: str = ""  # a language model (folder or org/name); "": `model` from noise
+    start: configuration.Source = (
+        ""  # a language model (folder or org/name); "": `model` from noise
+    )
     max_prompt: int = 128  # tokens; what is longer is dropped and counted
     max_response: int = 256  # tokens, EOS included
     held_out: float = 0.1  # share of the prompts

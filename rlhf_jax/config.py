@@ -13,6 +13,9 @@ import typing
 
 import jax
 
+# A file, a folder, or the name of either on a hub: what it holds belongs to the settings of a run.
+Source = typing.NewType("Source", str)
+
 
 class Config:
     """Base of every configuration: subclassing is all there is to do.

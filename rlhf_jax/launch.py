@@ -24,6 +24,7 @@ import shutil
 import sys
 import time
 import traceback
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -32,7 +33,8 @@ import jax
 import tyro
 
 from rlhf_jax import sharding
-from rlhf_jax.config import Config
+from rlhf_jax.config import Config, Source
+from rlhf_jax.data import formats
 from rlhf_jax.training import report
 from rlhf_jax.training.metrics import Log, plain, write_atomically
 from rlhf_jax.training.state import TrainingStopped
@@ -89,7 +91,7 @@ def _launch(run, flags, undo: contextlib.ExitStack) -> dict:
     workdir = _new_workdir(experiment) if flags.workdir is None else flags.workdir
     record = {"experiment": experiment, "config": plain(dataclasses.asdict(config))}
     record["data"] = None if data is None else str(data.resolve())
-    record["contents"] = _contents(record["config"])
+    record["contents"] = _contents(config, workdir)
     finished = _compare(workdir, record)
     log = Log(workdir, profile_steps=flags.profile)
     if finished is not None:
@@ -277,21 +279,30 @@ def _compare(workdir: Path, record: dict) -> dict | None:
     return _read_json(workdir / "summary.json", "remove the file to finish the run again")
 
 
-def _contents(config: dict) -> dict[str, str]:
-    """A fingerprint of every file or folder that a text of the configuration names."""
-    paths = {
-        name: Path(value).expanduser()
-        for name, value in _flat(config).items()
-        if isinstance(value, str) and value
-    }
-    return {name: _fingerprint(path) for name, path in paths.items() if os.path.exists(path)}
+def _contents(config: Config, workdir: Path, prefix: str = "") -> dict[str, str]:
+    """A fingerprint of every file or folder that a `Source` of the configuration names."""
+    found = {}
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = vars(config)[name]
+        if isinstance(value, Config):
+            found |= _contents(value, workdir, f"{prefix}{name}.")
+        elif hint is Source and value:
+            path = Path(os.path.expanduser(formats.located(value)[0]))
+            if path.exists():
+                found[f"{prefix}{name}"] = _fingerprint(path, workdir)
+    return found
 
 
-def _fingerprint(path: Path) -> str:
-    """A hash of a file, or of all files of a folder. Of large ones (weights) 64 places count."""
+def _fingerprint(path: Path, workdir: Path) -> str:
+    """A hash of a file, or of all files of a folder, of large ones (weights) at 64 places.
+
+    The run's own files do not count, wherever its workdir lies.
+    """
     digest = hashlib.blake2b(digest_size=8)
     files = sorted(x for x in path.rglob("*") if x.is_file()) if path.is_dir() else [path]
     for file in files:
+        if file.resolve().is_relative_to(workdir.resolve()):
+            continue
         size = file.stat().st_size
         places = range(0, size, _PIECE)
         if size > _READ_WHOLE:

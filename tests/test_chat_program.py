@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+from rlhf_jax.data import tokenizers
 from rlhf_jax.launch import command
 from rlhf_jax.models import transformer
 from rlhf_jax.sampling import decode
@@ -165,7 +166,7 @@ def test_a_folder_without_a_model_is_one_line_and_exit_code_2(
 def test_answers_do_not_depend_on_the_batch(chat, experiment, speaker):
     respond = experiment("respond")
     sampling = chat.Sampling(max_new_tokens=8, temperature=1.5)
-    prompts = ["ab", "cde", "fg"]
+    prompts = [respond.tokens_of(tiny.TOKENIZER, text) for text in ("ab", "cde", "fg")]
     few = respond.answers(speaker, sampling, prompts, 3, 2)
     many = respond.answers(speaker, sampling, prompts, 3, 16)
     assert few == many and [len(texts) for texts in few] == [3, 3, 3]
@@ -174,8 +175,12 @@ def test_answers_do_not_depend_on_the_batch(chat, experiment, speaker):
     ids = tiny.TOKENIZER.encode("cde")
     streamed = chat.spell(tiny.TOKENIZER, ids, chat.stream(speaker, sampling, ids, key))
     assert few[1][2] == "".join(streamed)
+    turns = [{"role": "user", "content": "fg"}]
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
-        respond.answers(speaker, sampling, [[{"role": "user", "content": "fg"}]], 1, 1)
+        respond.tokens_of(tiny.TOKENIZER, turns)
+    chats = tiny.TOKENIZER.with_template(tokenizers.PLAIN_TEMPLATE)
+    assert respond.tokens_of(chats, " fg\n") == respond.tokens_of(chats, turns)
+    assert respond.tokens_of(chats, "fg", raw_prompts=True) == tiny.TOKENIZER.encode("fg")
 
 
 def test_past_failures_are_answered_by_a_checkpoint_and_labelled(experiment, tmp_path, real_data):

@@ -408,6 +408,7 @@ def test_an_entry_that_is_not_there_or_not_local_is_named(tmp_path):
         ({"columns": {"messages": "x", "images": "y"}}, "'set' has 'images', which is not read"),
         ({"formatting": "openai"}, "'set' has the formatting 'openai'; alpaca and sharegpt are"),
         ({"file_name": 3}, "'set' has no 'file_name'"),
+        ({"columns": ["q"]}, "'columns' and 'tags' of 'set' must be objects"),
     ],
 )
 def test_an_entry_that_asks_for_what_is_not_read_is_refused(tmp_path, entry, message):

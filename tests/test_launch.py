@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from rlhf_jax import launch as launch_module
-from rlhf_jax.config import Config
+from rlhf_jax.config import Config, Source
 from rlhf_jax.launch import launch
 from rlhf_jax.training.state import TrainingStopped
 
@@ -205,8 +205,9 @@ def test_another_data_folder_is_refused_and_none_at_all_is_not(capsys):
 
 def test_files_and_folders_that_changed_since_are_refused_by_field(capsys):
     class Own(Experiment):
-        model: str = "m"
-        prompts: str = "p.jsonl"
+        model: Source = "m"
+        prompts: Source = "p.jsonl"
+        style: str = "m"  # a name that happens to be a folder's too
 
     pathlib.Path("m/deep").mkdir(parents=True)
     weights, prompts = pathlib.Path("m/deep/weights"), pathlib.Path("p.jsonl")
@@ -224,6 +225,25 @@ def test_files_and_folders_that_changed_since_are_refused_by_field(capsys):
         path.write_bytes(b"a" * 200_000)
     prompts.unlink()  # what reads it says so
     start("--workdir", "w", config=own)
+    for _ in range(2):
+        start("--workdir", "m/run", config=own)  # its own files are no input
+    start("--workdir", "m/run", "--ppo.num-iterations", "9", config=own)
+    start("--workdir", "x", "--prompts", "~nobody-of-this-name/p.jsonl", config=own)
+
+
+def test_the_file_of_an_entry_of_a_dataset_info_is_watched_too(capsys):
+    class Own(Experiment):
+        rows: Source = ""
+
+    pathlib.Path("a.json").write_text("[1]")
+    pathlib.Path("dataset_info.json").write_text('{"mine": {"file_name": "a.json"}}')
+    flags = ("--workdir", "w", "--rows", "dataset_info.json:mine")
+    start(*flags, config=Own())
+    start(*flags, config=Own())
+    pathlib.Path("a.json").write_text("[2]")
+    with pytest.raises(SystemExit):
+        start(*flags, config=Own())
+    assert "contents of rows=" in capsys.readouterr().err
 
 
 def test_another_experiment_or_another_field_is_refused(capsys):

@@ -190,7 +190,9 @@ def test_rows_that_fit_two_formats_are_read_as_the_one_that_is_named(
     data = own_data.read(config, tokenizer)
     parts = (data.first, data.second, data.comparisons_eval)
     assert sum(len(part) for part in parts) == len(ANIMALS)
-    with pytest.raises(ValueError, match="'parquet' is no format; use one of text, prompt, "):
+    with pytest.raises(
+        ValueError, match="format='parquet' is not known; use one of text, prompt, "
+    ):
         own_data.read(dataclasses.replace(config, preferences_format="parquet"), tokenizer)
 
 
@@ -268,7 +270,7 @@ def test_raw_prompts_are_fed_as_they_stand_and_not_beside_messages(tmp_path, rea
     assert tokenizer.decode(data.prompts[0].rows[0][0]) in QUESTIONS
     chats = jsonl(tmp_path / "chats.jsonl", TEXTS["ultrachat"])
     config = dataclasses.replace(config, demonstrations=chats)
-    with pytest.raises(ValueError, match="chats.jsonl: its rows are messages, which raw prompts"):
+    with pytest.raises(ValueError, match="chats.jsonl: its rows are read as messages, which raw"):
         own_data.read(config, tokenizer)
     plain = own_data.open_tokenizer(real_data / "models" / "stories260K", False)
     with pytest.raises(ValueError, match="the tokenizer has no chat template; .* --plain-template"):
@@ -296,6 +298,29 @@ def test_entries_of_a_dataset_info_and_pairs_of_languages_are_files_too(tmp_path
     wrong = dataclasses.replace(config, demonstrations=file)
     with pytest.raises(ValueError, match="pairs.jsonl:1: the row is a translation without a dir"):
         own_data.read(wrong, tokenizer)
+    twice = dataclasses.replace(config, demonstrations_format="alpaca")
+    with pytest.raises(ValueError, match="info.json:mine: the entry says its format; leave 'alp"):
+        own_data.read(twice, tokenizer)
+
+
+def test_texts_without_prompts_do_not_stand_beside_prompts_in_a_template(tmp_path, real_data):
+    own_data = experiment("own_data")
+    tokenizer = own_data.open_tokenizer(real_data / "tokenizers" / "minimind", False)
+    texts = jsonl(tmp_path / "texts.jsonl", [{"text": q} for q in QUESTIONS])
+    prompts = jsonl(tmp_path / "prompts.jsonl", [{"prompt": q} for q in QUESTIONS])
+    config = small(own_data, demonstrations=texts)
+    assert len(own_data.read(config, tokenizer).demonstrations) == 2  # alone they may
+    config = dataclasses.replace(config, prompts=prompts)
+    with pytest.raises(
+        ValueError, match="texts.jsonl: its texts have no prompts, .* --raw-prompts"
+    ):
+        own_data.read(config, tokenizer)
+    data = own_data.read(dataclasses.replace(config, raw_prompts=True), tokenizer)
+    assert tokenizer.decode(data.prompts[0].rows[0][0]) in QUESTIONS
+    few = jsonl(tmp_path / "few.jsonl", [{"text": "one"}, {"text": "two"}])
+    config = small(own_data, demonstrations=few)
+    with pytest.raises(ValueError, match="few.jsonl: . rows to train on and . held out; give more"):
+        own_data.read(dataclasses.replace(config, held_out=0.01), tokenizer)
 
 
 def test_more_iterations_replace_the_exported_policy(tmp_path, files, real_data):

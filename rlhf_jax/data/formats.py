@@ -143,6 +143,25 @@ def as_messages(
     return layout
 
 
+def located(source: str, format: str = "") -> tuple[str | pathlib.Path, Format]:
+    """(file or dataset, its format) of what a command line names; "" recognises each row.
+
+    A source "dataset_info.json:NAME" is an entry of LLaMA-Factory's list, which says the format
+    too. A format "en:de" names the fields of source and target. Raises ValueError for a format that
+    is not known, or is named beside an entry.
+    """
+    file, _, name = source.rpartition(":")
+    if pathlib.Path(file).name == "dataset_info.json":
+        if format:
+            raise ValueError(f"{source}: the entry says its format; leave {format!r} out")
+        return dataset_info(pathlib.Path(file).expanduser(), name)
+    if ":" in format:
+        return source, layouts.source_target(*format.split(":", 1))
+    if format and format not in FORMATS:
+        raise ValueError(f"format={format!r} is not known; use one of {', '.join(FORMATS)}")
+    return source, format or None
+
+
 def dataset_info(path: str | os.PathLike, name: str) -> tuple[pathlib.Path, Layout]:
     """File and format of one entry of a LLaMA-Factory dataset_info.json.
 
@@ -161,7 +180,9 @@ def dataset_info(path: str | os.PathLike, name: str) -> tuple[pathlib.Path, Layo
     entry = entries[name]
     if not isinstance(entry.get("file_name"), str):
         raise ValueError(f"{path}: {name!r} has no 'file_name'; download its file and name it")
-    columns = entry.get("columns", {})
+    columns, tags = (entry.get(x) or {} for x in ("columns", "tags"))
+    if not isinstance(columns, dict) or not isinstance(tags, dict):
+        raise ValueError(f"{path}: 'columns' and 'tags' of {name!r} must be objects")
     unread = [x for x in _UNREAD if entry.get(x)] + [x for x in _UNREAD_COLUMNS if columns.get(x)]
     if unread:
         raise ValueError(
@@ -188,7 +209,7 @@ _TAGS |= {"function_call": "function_tag", "system": "system_tag"}
 
 def _factory_format(entry: Mapping[str, Any]) -> Layout:
     """The layout of rows under the columns and tags of one entry of dataset_info.json."""
-    columns, tags = entry.get("columns", {}), entry.get("tags", {})
+    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     sharegpt = entry.get("formatting", "alpaca") == "sharegpt"
     names = _SHAREGPT if sharegpt else _ALPACA
     # Columns that are not named have their usual name, but a tag counts only where it is named.
