@@ -305,12 +305,15 @@ def _backend(folder: pathlib.Path) -> tokenizers.Tokenizer:
         )
     from transformers import AutoTokenizer
 
-    backend = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
-    if not backend.encode(_SAMPLE, add_special_tokens=False).ids:  # made without a vocabulary
-        raise ValueError(
-            f"{folder}: the vocabulary is missing; restore tokenizer.json, tokenizer.model, or "
-            "vocab.json and merges.txt"
-        )
+    remedy = "restore tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
+    try:
+        backend = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    except (ValueError, OSError, TypeError, ImportError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{folder}: no tokenizer can be made of it ({why}); {remedy}") from None
+    # transformers 5 makes an empty one without a vocabulary.
+    if not backend.encode(_SAMPLE, add_special_tokens=False).ids:
+        raise ValueError(f"{folder}: the vocabulary is missing; {remedy}")
     return backend
 
 
