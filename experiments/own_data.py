@@ -143,23 +143,7 @@ class File(NamedTuple):
     rows: list
     held_out: list
     format: formats.Format
-
-    def kinds(self) -> set[str]:
-        """What its prompts are: "messages", "text", or "none" of plain text."""
-        found = set()
-        for row, where in self.rows:
-            with contextlib.suppress(BadRow):
-                asked = prompt_of(row, where, self.format)
-                found.add("messages" if isinstance(asked, tuple) else "text" if asked else "none")
-        return found
-
-
-def prompt_of(row, where: str, format: formats.Format) -> str | tuple:
-    """The prompt of a row that is read for whatever it is fit for. Raises BadRow if for nothing."""
-    try:
-        return formats.read(row, where, format).prompt
-    except BadRow:
-        return formats.prompt(row, where, format).prompt
+    kinds: set[str]  # of its prompts: "messages", "text", or "none" of plain text
 
 
 def open_file(config: Config, path: str, format: str) -> File | None:
@@ -169,14 +153,19 @@ def open_file(config: Config, path: str, format: str) -> File | None:
     source, format = formats.located(path, format)
     found = builders.load(source, on_bad_row=config.on_bad_row)
     rows, held_out = mixing.split(found, config.held_out, format=format)
+    kinds = set()
+    for row, where in rows:
+        with contextlib.suppress(BadRow):
+            asked = formats.either(row, where, format).prompt
+            kinds.add("messages" if isinstance(asked, tuple) else "text" if asked else "none")
+    if rows and not kinds and config.on_bad_row == "error":
+        formats.either(*rows[0], format)  # says what is wrong with it
     if not rows or not held_out:
-        for row, where in rows if config.on_bad_row == "error" else ():
-            prompt_of(row, where, format)  # rows that cannot be read are not held out
         raise ValueError(
             f"{path}: {len(rows)} rows to train on and {len(held_out)} held out; give more "
             f"rows or another held_out than {config.held_out}"
         )
-    return File(path, rows, held_out, format)
+    return File(path, rows, held_out, format, kinds)
 
 
 def check_prompts(config: Config, template: bool, told: File | None, others: list[File]) -> None:
@@ -184,7 +173,7 @@ def check_prompts(config: Config, template: bool, told: File | None, others: lis
 
     `template`: whether the tokenizer has a chat template.
     """
-    chats = [file for file in (told, *others) if file and "messages" in file.kinds()]
+    chats = [file for file in (told, *others) if file and "messages" in file.kinds]
     if chats and not template:
         raise ValueError(
             f"{chats[0].path}: its rows are read as messages, but the tokenizer has no chat "
@@ -195,7 +184,7 @@ def check_prompts(config: Config, template: bool, told: File | None, others: lis
             f"{chats[0].path}: its rows are read as messages, which raw prompts of other files "
             "would not look like; leave --raw-prompts out"
         )
-    plain = told and others and not chats and "none" in told.kinds()
+    plain = told and others and not chats and "none" in told.kinds
     if plain and template and not config.raw_prompts:
         raise ValueError(
             f"{told.path}: its texts have no prompts, so they teach nothing about the chat "

@@ -38,9 +38,8 @@ class Config(configuration.Config):
     """What reward models from preference data start from, and how they are trained."""
 
     seed: int = 0
-    start: configuration.Source = (
-        ""  # a language model (folder or org/name); "": `model` from noise, `sft` first
-    )
+    # A language model (folder or org/name); "": `model` from noise, which `sft` tunes first.
+    start: configuration.Source = ""
     max_prompt: int = 192  # tokens; what is longer is dropped and counted
     max_response: int = 128  # tokens, EOS included
     held_out: float = 0.2  # share of the prompts

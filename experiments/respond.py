@@ -25,7 +25,7 @@ import tyro
 
 from rlhf_jax.data import builders
 from rlhf_jax.data import chat as templates
-from rlhf_jax.data.schema import Message
+from rlhf_jax.data.schema import Message, user_turn
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.launch import command
 from rlhf_jax.sampling import decode
@@ -78,7 +78,7 @@ def tokens_of(tokenizer: Tokenizer, prompt: pages.Prompt, raw_prompts: bool = Fa
     if isinstance(prompt, str):
         if raw_prompts or tokenizer.chat_template is None:
             return tokenizer.encode_prompt(prompt)
-        prompt = [{"role": "user", "content": prompt.strip()}]
+        return templates.prompt(tokenizer, user_turn(prompt))
     return templates.prompt(tokenizer, [Message(m["role"], m["content"]) for m in prompt])
 
 

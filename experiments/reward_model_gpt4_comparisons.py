@@ -22,8 +22,8 @@ limits. Accuracy on held-out pairs, %, with its interval:
 
 Neither loss is shown to be above "longer wins" anywhere: the scores follow length (correlation 0.72
 to 0.92 by rank loss, 0.59 to 0.84 by regression), which is GPT-4's style here and less what people
-rank by. On
-the 351 AlpacaEval rows that fit, the gaps order the models as GPT-4 does by 0.68 and 0.62.
+rank by. On the 351 AlpacaEval rows that fit, the gaps order the models as GPT-4 does by 0.68 and
+0.62 (Spearman).
 `start` takes a full-size model:
 
     python experiments/reward_model_gpt4_comparisons.py --data DIR --start Qwen/Qwen2.5-0.5B \

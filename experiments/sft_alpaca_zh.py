@@ -44,9 +44,8 @@ class Config(configuration.Config):
     """What is tuned, and how."""
 
     seed: int = 0
-    start: configuration.Source = (
-        ""  # a language model (folder or org/name); "": `model` from noise
-    )
+    # A language model (folder or org/name); "": `model` from noise.
+    start: configuration.Source = ""
     max_prompt: int = 128  # tokens; what is longer is dropped and counted
     max_response: int = 256  # tokens, EOS included
     held_out: float = 0.1  # share of the prompts
@@ -76,7 +75,8 @@ def frequency_loss(train: batches.Examples, held_out: batches.Examples, vocab_si
 
 def run(config: Config, context: Context) -> dict:
     """Trains, exports, returns the summary."""
-    tokenizer = preferences.open_tokenizer(config.start, context)
+    start = str(huggingface.fetch(config.start)) if config.start else ""
+    tokenizer = preferences.open_tokenizer(start, context)
     sides = ([], [])
     for name in ("alpaca_zh_demo.json", "oasst_sft_zh.json"):
         parts = mixing.split(builders.load(context.data / "sft" / name), config.held_out)
@@ -91,13 +91,12 @@ def run(config: Config, context: Context) -> dict:
     )
     clock = pipeline.Clock()
     with clock("sft"):
-        if config.start:
-            initial = preferences.language_model(config.start, tokenizer, context)
+        if start:
+            initial = preferences.language_model(start, tokenizer, context)
         else:
             initial = pipeline.new_model(config.model, context, config.seed)
         policy, summary = pipeline.fine_tune(config, context, initial, tokenizer, packed, held_out)
-    like = huggingface.fetch(config.start) if config.start else None
-    preferences.export(context.workdir / "export", policy, tokenizer, like)
+    preferences.export(context.workdir / "export", policy, tokenizer, start or None)
     vocab_size = policy.config.vocab_size
     return {
         "sft": summary | {"frequency_loss": frequency_loss(train, held_out, vocab_size)},

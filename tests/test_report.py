@@ -90,7 +90,7 @@ def test_held_out_accuracies_stand_in_the_place_of_the_last_batchs(run):
     text = report.write(run).read_text()
     assert "<b>61.2%</b><p>held-out comparisons, people, 95 % interval 50.0% to 70.0%" in text
     assert "<b>55.0%</b><p>held-out comparisons, best reachable 90.0%" in text
-    assert "Reward model by rank loss" in text and "95 % interval 58.0% to 64.0%" in text
+    assert "Accuracy, Rank" in text and "95 % interval 58.0% to 64.0%" in text
     assert "70.0%</b>" not in text
 
 

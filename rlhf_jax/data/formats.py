@@ -17,7 +17,7 @@ from typing import Any
 
 from rlhf_jax.data import layouts, schema
 from rlhf_jax.data.layouts import COMPARISON, DEMONSTRATION, PROMPT, Layout, Row
-from rlhf_jax.data.schema import BadRow, Example, Message
+from rlhf_jax.data.schema import BadRow, Example
 
 Format = str | Layout | None
 
@@ -106,6 +106,14 @@ def prompt(row: Row | str, where: str, format: Format = None) -> Example:
     return Example(example.prompt, language=example.language)
 
 
+def either(row: Row | str, where: str, format: Format = None) -> Example:
+    """The example of a row, or, where it is fit for no more, its prompt."""
+    try:
+        return read(row, where, format)
+    except BadRow:
+        return prompt(row, where, format)
+
+
 def renamed(fields: Mapping[str, str], format: Format = None) -> Layout:
     """The format of rows whose fields have other names: our name -> theirs ("a.b" for b in a).
 
@@ -138,7 +146,7 @@ def as_messages(
         example = parse(row, where, format)
         if not isinstance(example.prompt, str) or not example.prompt:
             return example
-        return example._replace(prompt=(Message("user", example.prompt.strip()),))
+        return example._replace(prompt=schema.user_turn(example.prompt))
 
     return layout
 
@@ -147,8 +155,8 @@ def located(source: str, format: str = "") -> tuple[str | pathlib.Path, Format]:
     """(file or dataset, its format) of what a command line names; "" recognises each row.
 
     A source "dataset_info.json:NAME" is an entry of LLaMA-Factory's list, which says the format
-    too. A format "en:de" names the fields of source and target. Raises ValueError for a format that
-    is not known, or is named beside an entry.
+    too. A format "en:de" names the fields of source and target. Raises ValueError for a format
+    beside an entry.
     """
     file, _, name = source.rpartition(":")
     if pathlib.Path(file).name == "dataset_info.json":
@@ -157,8 +165,6 @@ def located(source: str, format: str = "") -> tuple[str | pathlib.Path, Format]:
         return dataset_info(pathlib.Path(file).expanduser(), name)
     if ":" in format:
         return source, layouts.source_target(*format.split(":", 1))
-    if format and format not in FORMATS:
-        raise ValueError(f"format={format!r} is not known; use one of {', '.join(FORMATS)}")
     return source, format or None
 
 

@@ -44,12 +44,9 @@ def split(
 def _prompt_text(row, where: str, format: formats.Format) -> str | None:
     """What tells prompts apart; None for a row that holds none, however it is read."""
     try:
-        example = formats.read(row, where, format)
+        example = formats.either(row, where, format)
     except BadRow:
-        try:  # what is no demonstration or comparison can still be a prompt
-            example = formats.prompt(row, where, format)
-        except BadRow:
-            return None
+        return None
     if isinstance(example.prompt, str):
         return example.prompt or example.completion
     return next((turn.content for turn in example.prompt if turn.role == "user"), "")

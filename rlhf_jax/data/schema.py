@@ -55,6 +55,11 @@ class Example(NamedTuple):
         return self.responses[self.ranks.index(min(self.ranks)) if self.ranks else 0]
 
 
+def user_turn(prompt: str) -> tuple[Message, ...]:
+    """A plain prompt as a conversation of one turn, for chat templates."""
+    return (Message("user", prompt.strip()),)
+
+
 def fail(where: str, found: str, remedy: str) -> NoReturn:
     """Raises BadRow: where, what was found, and what to do about it."""
     raise BadRow(f"{where}: {found}; {remedy}")

@@ -29,8 +29,6 @@ CURVES = {
     "rewards/margins": "Margin, chosen minus rejected",
 }
 TITLES = {"sft": "Supervised fine-tuning", "reward_model": "Reward model", "ppo": "PPO"}
-TITLES |= {"judge": "Judge, a second reward model", "rank": "Reward model by rank loss"}
-TITLES |= {"regression": "Reward model by regression"}
 MAX_POINTS = 120  # a longer curve is drawn as the means of so many stretches of steps
 MAX_SAMPLES = 24
 
@@ -207,7 +205,7 @@ def _stage_section(stage: str, curves: dict[str, Curve], summary: dict) -> str:
 
 
 def _title(stage: str) -> str:
-    return TITLES.get(stage, stage)
+    return TITLES.get(stage, stage.replace("_", " ").capitalize())
 
 
 class Sample(NamedTuple):
