@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax import launch as launch_module
-from rlhf_jax.config import Config, Source
+from rlhf_jax.config import Config
 from rlhf_jax.launch import launch
 from rlhf_jax.training.state import TrainingStopped
 
@@ -52,8 +51,6 @@ class Run:
 def apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RLHF_JAX_DATA", raising=False)
-    # The cache is a setting of the whole process: only a process of its own may switch it on.
-    monkeypatch.setattr(launch_module, "_set_up_jax", lambda: None)
 
 
 def start(*argv, run=None, config=None):
@@ -171,27 +168,22 @@ def test_more_iterations_continue_a_finished_run(flag):
     assert len(run.calls) == 2
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ("--ppo.kl-coef 0.5", "ppo.kl_coef=0.1 -> ppo.kl_coef=0.5"),
-        ("--seed 1 --ppo.num-iterations 9", "seed=0 -> seed=1"),
-        ("--num-steps 2", "num_steps=3 -> num_steps=2"),
-        # Later stages were trained on the model that these steps gave.
-        ("--num-steps 9", "num_steps=3 -> num_steps=9"),
-        ("--ppo.sizes 1", "ppo.sizes=[1, 2] -> ppo.sizes=[1]"),
-    ],
-)
-def test_any_other_change_is_refused_naming_field_values_and_remedy(capsys, flags, named):
+def test_another_configuration_is_refused_and_the_run_left_alone(capsys):
     start("--workdir", "w")
     before = pathlib.Path("w/config.json").read_text()
     capsys.readouterr()
     run = Run()
-    error = refused(capsys, "--workdir", "w", *flags.split(), run=run)
-    assert error.startswith("error: --workdir w holds a run with other settings: ")
-    assert named in error and "name a new --workdir or use the old values" in error
-    assert ("num_iterations=" in error) is False
+    error = refused(capsys, "--workdir", "w", "--ppo.kl-coef", "0.5", run=run)
+    assert error.startswith("error: --workdir w holds a run with other settings: ppo.kl_coef=0.1 ")
     assert run.calls == [] and pathlib.Path("w/config.json").read_text() == before
+
+
+def test_another_experiment_in_the_same_folder_is_refused(capsys):
+    start("--workdir", "w")
+    other = Run()
+    other.__module__ = "other"
+    capsys.readouterr()
+    assert '"toy" -> experiment file="other"' in refused(capsys, "--workdir", "w", run=other)
 
 
 def test_another_data_folder_is_refused_and_none_at_all_is_not(capsys):
@@ -201,88 +193,6 @@ def test_another_data_folder_is_refused_and_none_at_all_is_not(capsys):
     start("--workdir", "w")
     start("--workdir", "w", "--data", "./a")
     assert "/b" in refused(capsys, "--workdir", "w", "--data", "b")
-
-
-def test_files_and_folders_that_changed_since_are_refused_by_field(capsys):
-    class Own(Experiment):
-        model: Source = "m"
-        prompts: Source = "p.jsonl"
-        style: str = "m"  # a name that happens to be a folder's too
-
-    pathlib.Path("m/deep").mkdir(parents=True)
-    weights, prompts = pathlib.Path("m/deep/weights"), pathlib.Path("p.jsonl")
-    for path in (weights, prompts):
-        path.write_bytes(b"a" * 200_000)
-    own = Own()
-    start("--workdir", "w", config=own)
-    start("--workdir", "w", config=own)
-    for path, field in ((prompts, "prompts"), (weights, "model")):
-        path.write_bytes(b"a" * 199_999 + b"b")
-        pathlib.Path("w/summary.json").unlink(missing_ok=True)  # interrupted, or finished: alike
-        with pytest.raises(SystemExit):
-            start("--workdir", "w", config=own)
-        assert f"contents of {field}=" in capsys.readouterr().err
-        path.write_bytes(b"a" * 200_000)
-    prompts.unlink()  # what reads it says so
-    start("--workdir", "w", config=own)
-    for _ in range(2):
-        start("--workdir", "m/run", config=own)  # its own files are no input
-    start("--workdir", "m/run", "--ppo.num-iterations", "9", config=own)
-    start("--workdir", "x", "--prompts", "~nobody-of-this-name/p.jsonl", config=own)
-
-
-def test_the_file_of_an_entry_of_a_dataset_info_is_watched_too(capsys):
-    class Own(Experiment):
-        rows: Source = ""
-
-    pathlib.Path("a.json").write_text("[1]")
-    pathlib.Path("dataset_info.json").write_text('{"mine": {"file_name": "a.json"}}')
-    flags = ("--workdir", "w", "--rows", "dataset_info.json:mine")
-    start(*flags, config=Own())
-    start(*flags, config=Own())
-    pathlib.Path("a.json").write_text("[2]")
-    with pytest.raises(SystemExit):
-        start(*flags, config=Own())
-    assert "contents of rows=" in capsys.readouterr().err
-
-
-def test_another_experiment_or_another_field_is_refused(capsys):
-    class More(Experiment):
-        alpha: float = 0.5
-
-    start("--workdir", "w")
-    other = Run()
-    other.__module__ = "other"
-    capsys.readouterr()
-    assert '"toy" -> experiment file="other"' in refused(capsys, "--workdir", "w", run=other)
-    with pytest.raises(SystemExit):
-        start("--workdir", "w", config=More())
-    assert "no alpha -> alpha=0.5" in capsys.readouterr().err
-
-
-def test_a_folder_that_is_no_run_is_refused_and_left_alone(capsys, tmp_path):
-    (tmp_path / "w").mkdir()
-    (tmp_path / "w" / "thesis.tex").write_text("precious")
-    error = refused(capsys, "--workdir", "w")
-    assert "w is not empty and has no config.json" in error and "name another folder" in error
-    assert (tmp_path / "w" / "thesis.tex").read_text() == "precious"
-    assert "is a file; name a folder" in refused(capsys, "--workdir", "w/thesis.tex")
-
-
-@pytest.mark.parametrize("name", ["config.json", "summary.json"])
-@pytest.mark.parametrize("text", ["", '{"a":', "[]"])
-def test_a_corrupt_file_is_named(capsys, name, text):
-    start("--workdir", "w")
-    pathlib.Path("w", name).write_text(text)
-    capsys.readouterr()
-    assert f"error: w/{name}: " in refused(capsys, "--workdir", "w")
-
-
-def test_a_config_file_of_something_else_is_refused(capsys):
-    start("--workdir", "w")
-    pathlib.Path("w/config.json").write_text('{"model": "x"}')
-    capsys.readouterr()
-    assert "'experiment' or 'config' is missing" in refused(capsys, "--workdir", "w")
 
 
 # ------------------------------------------------------------------------------------- exit codes
@@ -379,12 +289,18 @@ def test_bad_launcher_flags_are_one_line(capsys, tmp_path, flags, message):
 PROGRAM = '''"""What the help says first."""
 import sys
 import jax, jax.numpy as jnp
-from rlhf_jax.config import Config
+from rlhf_jax.config import Config, Count, Share
 from rlhf_jax.launch import launch
+
+class Inner(Config):
+    """Of the toy."""
+    share: Share = 0.5
 
 class Toy(Config):
     seed: int = 0
+    steps: Count = 3  # how many
     kl_coef: float = 0.1
+    inner: Inner = Inner()
 
 def run(config, context):
     with context.log.stage("ppo", 3) as stage:
@@ -420,10 +336,22 @@ def test_a_misspelt_flag_exits_with_2_and_a_suggestion(tmp_path):
     assert "Perhaps you meant" in done.stderr
 
 
+def test_a_value_outside_its_range_is_refused_on_the_command_line(tmp_path):
+    for flags, named in (
+        ("--steps 0", "steps=0 must be"),
+        ("--inner.share 2", "share=2.0 must be"),
+    ):
+        done = program(tmp_path, *flags.split())
+        assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+        assert named in done.stderr
+
+
 def test_help_shows_every_flag_with_its_default(tmp_path):
     done = program(tmp_path, "--help")
     assert done.returncode == 0 and done.stderr == ""
     for text in ("What the help says first.", "--kl-coef FLOAT", "(default: 0.1)", "--seed INT"):
+        assert text in done.stdout
+    for text in ("--steps INT ", "how many (default: 3)", "--inner.share FLOAT", "Of the toy."):
         assert text in done.stdout
     for flag in ("--workdir DIR", "--data DIR", "--mesh SIZES", "--profile STEPS", "--debug"):
         assert flag in done.stdout
@@ -445,3 +373,40 @@ def test_a_cache_that_the_environment_names_is_kept(tmp_path):
     assert done.returncode == 0
     summary = json.loads((tmp_path / "w" / "summary.json").read_text())
     assert summary["cache"] == str(tmp_path / "c")
+
+
+def imported(tmp_path, code, **environment):
+    """What `code` prints in a process of its own whose home is `tmp_path/home`."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+    own = {"PYTHONPATH": str(REPOSITORY), "HOME": str(tmp_path / "home"), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=inherited | own | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split()
+
+
+FOLDER = "print(jax.config.jax_compilation_cache_dir)\n"
+
+
+def test_importing_the_package_keeps_compiled_programs_under_home_and_starts_no_backend(tmp_path):
+    compiled = tmp_path / "home" / ".cache" / "rlhf_jax" / "compiled"
+    backends = "from jax._src import xla_bridge\nprint(xla_bridge.backends_are_initialized())\n"
+    code = f"import rlhf_jax, jax\n{FOLDER}{backends}jax.jit(lambda x: x + 1)(1)\n"
+    eager = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    assert imported(tmp_path, code, **eager) == [str(compiled), "False"]
+    assert any(path.name.startswith("jit__lambda") for path in compiled.iterdir())
+
+
+def test_a_folder_for_compiled_programs_that_the_user_named_is_kept(tmp_path):
+    before = "import jax\njax.config.update('jax_compilation_cache_dir', 'mine')\nimport rlhf_jax\n"
+    assert imported(tmp_path, before + FOLDER) == ["mine"]
+    plain = "import rlhf_jax, jax\n" + FOLDER
+    assert imported(tmp_path, plain, JAX_COMPILATION_CACHE_DIR="named") == ["named"]
+    after = "import rlhf_jax, jax\njax.config.update('jax_compilation_cache_dir', None)\n"
+    assert imported(tmp_path, after + FOLDER) == ["None"]

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import pathlib
 import struct
 from types import SimpleNamespace
 
@@ -13,7 +14,11 @@ import pytest
 from rich.console import Console
 
 from rlhf_jax.training import metrics
-from rlhf_jax.training.metrics import Log
+from rlhf_jax.training.metrics import Display, Log
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+PPO = Display("PPO", ("objective/scores", "objective/kl"), {"objective/kl": "KL"})
+SFT = Display("Supervised fine-tuning", ("loss",), {"loss": "Loss"})
 
 
 class OnDevice:
@@ -62,6 +67,40 @@ def test_the_host_asks_for_a_step_only_when_the_next_one_has_been_started():
         (1, 11.0),
         (2, 12.0),
     ]
+
+
+def test_what_is_measured_on_the_host_is_asked_for_when_its_step_is_converted():
+    asked, checked = [], []
+
+    def measure(step):
+        def more():
+            asked.append(step)
+            return {"gold": 0.5 + step}
+
+        return more
+
+    log = Log(quiet=True)
+    with log.stage("ppo", 3, check=lambda step, floats: checked.append(floats)) as stage:
+        stage.write(0, {"loss": 0.0, "kl": 1.0}, tokens=1, more=measure(0))
+        assert asked == []
+        stage.write(1, {"loss": 0.0, "kl": 1.0}, tokens=1, more=measure(1))
+        assert asked == [0]
+        stage.flush()
+        assert asked == [0, 1]
+        stage.write(2, {"loss": 0.0})
+    assert asked == [0, 1] and checked[0] == {"loss": 0.0, "kl": 1.0, "gold": 0.5}
+    after_metrics = ["step", "seconds", "loss", "kl", "gold", "tokens_per_second"]
+    assert list(stage.history[1]) == after_metrics and stage.history[1]["gold"] == 1.5
+
+
+def test_an_error_of_what_is_measured_on_the_host_ends_the_stage():
+    def more():
+        raise ZeroDivisionError("no response has a word")
+
+    with pytest.raises(ZeroDivisionError, match="no response has a word"):
+        with Log(quiet=True).stage("ppo", 3) as stage:
+            stage.write(0, {"loss": 0.0}, more=more)
+            stage.write(1, {"loss": 0.0}, more=more)
 
 
 def test_flush_converts_the_newest_step_and_checks_it():
@@ -232,6 +271,28 @@ def test_samples_of_a_step_replace_those_that_it_had(tmp_path):
     assert again == {"stage": "ppo", "step": 0, "prompt": "a", "completion": "again", "score": 0.5}
 
 
+def test_each_stage_leaves_how_it_is_shown_beside_its_metrics(tmp_path):
+    log = Log(tmp_path, quiet=True)
+    train(log, "sft", 0, 1)
+    assert not (tmp_path / "stages.json").exists() and metrics.read_displays(tmp_path) == {}
+    train(log, "ppo", 0, 1, display=PPO)
+    train(log, "sft", 0, 1, display=SFT)
+    title = {"title": "PPO", "headline": ["objective/scores", "objective/kl"]}
+    written = json.loads((tmp_path / "stages.json").read_text())
+    assert written["ppo"] == {**title, "curves": {"objective/kl": "KL"}}
+    assert metrics.read_displays(tmp_path) == {"ppo": PPO, "sft": SFT}
+    train(log, "ppo", 0, 1)  # trained anew by something that states no display
+    assert metrics.read_displays(tmp_path) == {"sft": SFT}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"ppo": 1}', '{"ppo": {"title": "PPO"}}'])
+def test_a_broken_record_of_displays_is_named(tmp_path, text):
+    (tmp_path / "stages.json").write_text(text)
+    with pytest.raises(ValueError, match=r"stages\.json: .*; remove"):
+        metrics.read_displays(tmp_path)
+
+
 def test_quiet_prints_nothing(tmp_path, capsys):
     log = Log(tmp_path, quiet=True)
     train(log, "sft", 0, 3)
@@ -241,7 +302,7 @@ def test_quiet_prints_nothing(tmp_path, capsys):
 
 
 def test_without_a_terminal_a_stage_prints_about_twenty_lines(capsys):
-    with Log().stage("ppo", 1000) as stage:
+    with Log().stage("ppo", 1000, display=PPO) as stage:
         for step in range(1000):
             numbers = {"loss": 0.0, "objective/scores": 2.5, "objective/kl": 0.25}
             stage.write(step, numbers, tokens=10)
@@ -255,13 +316,34 @@ def test_without_a_terminal_a_stage_prints_about_twenty_lines(capsys):
 def test_on_a_terminal_a_stage_is_one_bar():
     log = Log()
     log.console = Console(force_terminal=True, file=io.StringIO(), width=120, _environ={})
-    with log.stage("reward_model", 4) as stage:
+    with log.stage("reward_model", 4) as stage:  # without a display: its first two metrics
         log.print("[bold] is not markup")
         for step in range(4):
-            stage.write(step, {"loss": 0.5, "rewards/accuracies": 0.75})
+            stage.write(step, {"loss": 0.5, "rewards/accuracies": 0.75, "lr": 0.001})
     shown = log.console.file.getvalue()
-    assert "4/4" in shown and "loss 0.5  rewards/accuracies 0.75" in shown
+    assert "4/4" in shown and "loss 0.5  rewards/accuracies 0.75" in shown and "lr" not in shown
     assert "[bold] is not markup" in shown
+
+
+def test_in_a_notebook_a_stage_prints_plain_lines_into_one_block():
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    code = """
+from rlhf_jax.training.metrics import Log
+log = Log()
+with log.stage("sft", 40) as stage:
+    for step in range(40):
+        stage.write(step, {"loss": 0.5})
+log.table("Answers", [{"prompt": "a", "response": "b"}])
+"""
+    cell = nbformat.v4.new_code_cell(code)
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute(cwd=REPOSITORY)
+    # A notebook shows adjacent pieces of one stream as one block.
+    assert {(x.output_type, x.name) for x in cell.outputs} == {("stream", "stdout")}
+    text = "".join(x.text for x in cell.outputs)
+    printed = text.splitlines()
+    assert printed[0].startswith("sft 2/40  ") and printed[19].startswith("sft 40/40  ")
+    assert "Answers" in printed[20] and "\x1b" not in text
 
 
 def test_a_table_has_the_keys_as_columns_and_prints_brackets_as_they_are(capsys):
@@ -296,7 +378,7 @@ def test_other_processes_write_and_print_nothing_but_see_and_check_every_step(
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     checked = []
     log = Log(tmp_path / "run")
-    stage = train(log, "sft", 0, 3, check=lambda step, floats: checked.append(step))
+    stage = train(log, "sft", 0, 3, check=lambda step, floats: checked.append(step), display=SFT)
     log.samples("sft", 0, [{"prompt": "a"}])
     assert checked == [0, 1, 2] and len(stage.history) == 3
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""

@@ -7,8 +7,14 @@ import re
 
 import pytest
 
-from rlhf_jax.training import report
-from rlhf_jax.training.metrics import Log
+from rlhf_jax.training import charts, report
+from rlhf_jax.training.metrics import Display, Log
+
+SCORES = {"objective/scores": "Reward (scores)", "objective/gold": "Gold score"}
+PPO = Display("PPO", ("objective/scores",), SCORES | {"objective/kl": "KL, nats per response"})
+SCORER = Display(
+    "Reward model", ("loss",), {"loss": "Loss", "rewards/accuracies": "Accuracy on comparisons"}
+)
 
 
 class Page(html.parser.HTMLParser):
@@ -41,10 +47,10 @@ def run(tmp_path):
     hostile = '<script src="x.js">alert("1")</script> & </pre>'
     log.samples("ppo", 0, [{"prompt": hostile, "completion": "was " + hostile, "gold": 0.25}])
     log.samples("ppo", 40, [{"prompt": hostile, "completion": "now " + hostile, "gold": 0.75}])
-    with log.stage("reward_model", 3) as stage:
+    with log.stage("reward_model", 3, display=SCORER) as stage:
         for step in range(3):
             stage.write(step, {"loss": 0.7 - step / 10, "rewards/accuracies": 0.5 + step / 10})
-    with log.stage("ppo", 400) as stage:
+    with log.stage("ppo", 400, display=PPO) as stage:
         for step in range(400):
             broken = math.nan if step == 200 else 1.0
             kl = {"objective/kl": step / 40, "objective/gold": 0.4 + step / 1000}
@@ -99,9 +105,80 @@ def test_curves_carry_the_metric_names_and_a_tooltip_for_every_stretch_of_steps(
     for name in ("objective/scores", "objective/gold", "objective/kl", "rewards/accuracies"):
         assert f"<code>{name}</code>" in text
     assert "<title>step 2: 0.5</title>" in text  # three steps of the reward model's loss: 0.5
-    figures = text.count("<figure>")
-    assert figures == 2 + 4  # `dead` has no finite value: no figure
-    assert text.count("<title>step") <= report.MAX_POINTS * figures
+    drawn = text.count("<figure>")
+    assert drawn == 2 + 4  # `dead` has no finite value: no figure
+    assert text.count("<title>step") <= charts.MAX_POINTS * drawn
+
+
+def figures(text):
+    """(heading, metric) of every figure that is not folded away, in order."""
+    text = re.sub("<details>.*?</details>", "", text, flags=re.DOTALL)
+    pattern = r"<figcaption><span>(.*?)(?:<code>(.*?)</code>)?</span>"
+    return [(heading, metric or heading) for heading, metric in re.findall(pattern, text)]
+
+
+def test_a_stage_shows_first_what_its_algorithm_names_and_folds_the_rest_away(run):
+    text = report.write(run).read_text()
+    named = [*((title, metric) for metric, title in PPO.curves.items())]
+    assert figures(text) == [*named, *((title, metric) for metric, title in SCORER.curves.items())]
+    assert "<h2>PPO</h2>" in text and "<h2>Reward model</h2>" in text
+    assert "<summary>1 more curve</summary>" in text  # `<b>`; `dead` has nothing to draw
+
+
+def test_a_stage_that_states_no_display_shows_its_metrics_by_name(tmp_path):
+    with Log(tmp_path, quiet=True).stage("my_own", 2) as stage:
+        for step in range(2):
+            stage.write(step, {"b": 1.0, "a/x": 2.0})
+    text = report.write(tmp_path).read_text()
+    assert "<h2>My own</h2>" in text and "<details><summary>" not in text.split("</section>")[0]
+    assert figures(text) == [("b", "b"), ("a/x", "a/x")]
+
+
+def test_two_stages_of_one_algorithm_are_told_apart_by_their_names(tmp_path):
+    log = Log(tmp_path, quiet=True)
+    for name in ("rank", "second_judge"):
+        with log.stage(name, 1, display=SCORER) as stage:
+            stage.write(0, {"loss": 0.0})
+    text = report.write(tmp_path).read_text()
+    assert "<h2>Reward model (rank)</h2>" in text
+    assert "<h2>Reward model (second judge)</h2>" in text
+
+
+def test_held_out_evaluations_stand_first_with_a_dot_each_on_the_axis_of_the_stage(tmp_path):
+    with Log(tmp_path, quiet=True).stage("reward_model", 100, display=SCORER) as stage:
+        for step in range(100):
+            measured = {"loss": 1.0, "rewards/accuracies": 0.5, "lr": 0.1}
+            if step in (40, 60, 80):
+                measured |= {"eval/rewards/accuracies": step / 100, "eval/bleu": 1.0}
+            stage.write(step, measured)
+    (tmp_path / "summary.json").write_text('{"best_reachable_accuracy": 0.9}')
+    text = report.write(tmp_path).read_text()
+    assert figures(text) == [
+        ("Accuracy on comparisons, held out", "eval/rewards/accuracies"),
+        ("Accuracy on comparisons", "rewards/accuracies"),
+        ("Bleu, held out", "eval/bleu"),
+        ("Loss", "loss"),
+    ]
+    drawn = text[text.index('aria-label="eval/rewards/accuracies"') :].split("</figure>")[0]
+    visible = re.sub("<g>.*?</g>", "", drawn)
+    dots = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', visible)]
+    width = charts.WIDTH - charts.LEFT - charts.RIGHT
+    assert dots == [round(charts.LEFT + width * step / 99, 1) for step in (40, 60, 80)]
+    assert "best reachable 0.9" in drawn and visible.count('class="curve"') == 1
+    trained = text[text.index('aria-label="rewards/accuracies"') :].split("</figure>")[0]
+    assert "<circle" not in re.sub("<g>.*?</g>", "", trained)
+
+
+def test_what_a_reward_function_reports_is_shown_though_no_algorithm_names_it(tmp_path):
+    with Log(tmp_path, quiet=True).stage("ppo", 2, display=PPO) as stage:
+        for step in range(2):
+            stage.write(step, {"lr": 0.1, "reward/well_formed": 0.5, "objective/kl": 1.0})
+    text = report.write(tmp_path).read_text()
+    shown = [
+        ("KL, nats per response", "objective/kl"),
+        ("Reward: well formed", "reward/well_formed"),
+    ]
+    assert figures(text) == shown
 
 
 def test_samples_pair_the_first_and_the_last_completion_of_a_prompt(run):
@@ -120,7 +197,7 @@ def test_samples_may_hold_before_and_after_in_one_row(tmp_path):
 
 def test_a_curve_breaks_where_a_value_is_not_finite():
     values = [1.0, 2.0, math.nan, 3.0, math.inf, 4.0, 5.0]
-    drawn = report.chart("x", report.Curve(list(range(7)), values))
+    drawn = charts.chart("x", charts.Curve(list(range(7)), values))
     path = re.search(r'class="curve" d="([^"]*)"', drawn).group(1)
     assert path.count("M") == 2 and path.count("L") == 2  # 0-1 and 5-6; 3 stands alone as a dot
     assert "step 2: nan" in drawn and "step 4: inf" in drawn
@@ -129,12 +206,12 @@ def test_a_curve_breaks_where_a_value_is_not_finite():
 
 @pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [1e-12, 2e-12], [-3e8, 4e8], [1e30, 2e30]])
 def test_the_axis_has_round_marks_among_the_values_whatever_their_size(values):
-    low, high = report._span(values, None)
-    ticks = report._ticks(low, high)
+    low, high = charts._span(values, None)
+    ticks = charts._ticks(low, high)
     assert low <= min(values) and max(values) <= high and low < high
     assert 2 <= len(ticks) <= 6
     assert all(low <= tick <= high for tick in ticks)
-    assert "<path" in report.chart("x", report.Curve(list(range(len(values))), values)) or (
+    assert "<path" in charts.chart("x", charts.Curve(list(range(len(values))), values)) or (
         len(values) == 1
     )
 

@@ -1,4 +1,4 @@
-"""Checkpoints of one stage: written by Orbax in the background, restored onto any mesh."""
+"""The checkpoints of one stage, which Orbax writes in the background and restores onto any mesh."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rlhf_jax import sharding
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of a stage, one folder a step.
+    """The last `keep` checkpoints of a stage, in one folder per step.
 
-    A tree is stored as a flat dictionary of arrays by path, so that what is on disk does not
-    depend on our Python types. Saving copies the arrays off the device and writes in the
-    background; a step becomes visible only when it is complete.
+    A tree is stored as a flat dictionary from the path of each array to the array, so that the
+    files do not depend on the Python types of this library. `save` returns once the arrays are
+    copied off the device and writes them in the background. Only complete checkpoints are found.
     """
 
     def __init__(self, folder: str | pathlib.Path, keep: int = 2):
@@ -27,20 +27,21 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """The newest complete step, or None. Waits for one that is being written."""
+        """The newest step that is stored, or None; waits for one that is being written."""
         self._manager.wait_until_finished()
         return self._manager.latest_step()
 
     def save(self, step: int, tree: Any) -> None:
-        """Stores a tree of arrays as `step`. Does nothing if that step is there already."""
+        """Stores a tree of arrays as `step`; does nothing if that step is stored already."""
         if step in self._manager.all_steps():
             return
         self._manager.save(step, args=ocp.args.StandardSave(_flat(tree)))
 
     def restore(self, like: Any) -> Any | None:
-        """The newest checkpoint in the shape, types and shardings of `like`; None if there is none.
+        """The newest checkpoint with the types and shardings of `like`; None if there is none.
 
-        Raises ValueError naming the first array that is missing, extra or misshapen.
+        Raises ValueError naming the first array that only one of the two has, or whose shapes
+        differ.
         """
         step = self.latest()
         if step is None:
@@ -64,7 +65,7 @@ class Checkpoints:
                 )
 
     def close(self) -> None:
-        """Waits for what is being written. Call it, or use the object as a context manager."""
+        """Waits for a checkpoint that is being written. Leaving a `with` statement does it too."""
         self._manager.wait_until_finished()
         self._manager.close()
 

@@ -4,10 +4,11 @@
     with log.stage("ppo", total=config.num_iterations, start=resumed_at) as stage:
         for step in range(resumed_at, config.num_iterations):
             state, metrics = train_step(state, batch)
-            stage.write(step, metrics, tokens=batch.tokens.size)
+            stage.write(step, metrics, tokens=jnp.sum(batch.attend > 0))
 
-Steps count from 0. Each `write` converts the metrics of the write before it, so the host waits for
-the step that the device has finished, or is about to finish, and never for the one just started.
+Steps count from 0. Metrics stay on the device until they are converted to Python floats, and the
+conversion waits for the device. So each `write` converts the metrics of the step before, which the
+device has finished or is about to finish, and never waits for the step that was just started.
 """
 
 from __future__ import annotations
@@ -20,27 +21,37 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-# The first two of these that a step reports are shown beside the progress of its stage.
-HEADLINE = ("objective/scores", "objective/kl", "loss", "rewards/accuracies")
-LINES_PER_STAGE = 20  # where the output is no terminal (a log file, a notebook)
+from rlhf_jax.training.progress import Progress, Speed
 
 Check = Callable[[int, dict[str, float]], None]
+
+
+class Display(NamedTuple):
+    """How the console and the report show a stage. Each algorithm's module states its own.
+
+    DISPLAY = Display("PPO", ("objective/scores",), {"objective/kl": "KL, nats per response"})
+    """
+
+    title: str  # the heading of the stage's section in the report
+    headline: tuple[str, ...]  # the metrics printed beside the progress of the stage
+    curves: dict[str, str]  # the metrics that the report does not fold away, with their headings
 
 
 class Log:
     """The console and the files of one run; only process 0 prints and writes.
 
-    `folder=None` keeps everything in memory (`Stage.history`); `quiet=True` prints nothing.
-    With `profile_steps=N` each stage writes a `jax.profiler` trace of N steps after its first
-    (which compiles) to `folder/profile/<stage>`. `trained` says whether any step was written.
+    With `folder=None` nothing is written and the metrics are kept in memory (`Stage.history`);
+    with `quiet=True` nothing is printed. With `profile_steps=N` each stage writes a `jax.profiler`
+    trace of the N steps after its first one, which compiles, to `folder/profile/<stage>`.
+    `trained` says whether any step of any stage was written.
     """
 
     def __init__(self, folder: Path | None = None, quiet: bool = False, profile_steps: int = 0):
@@ -53,19 +64,27 @@ class Log:
         self.profile_steps = profile_steps
         self.trained = False
         self.writes = jax.process_index() == 0 and folder is not None
-        self.console = Console(quiet=quiet or jax.process_index() != 0)
+        self.console = _console(quiet or jax.process_index() != 0)
 
-    def stage(self, name: str, total: int, start: int = 0, check: Check | None = None) -> Stage:
+    def stage(
+        self,
+        name: str,
+        total: int,
+        start: int = 0,
+        check: Check | None = None,
+        display: Display | None = None,
+    ) -> Stage:
         """One stage of `total` steps, of which `start` are done; use it in a `with` statement.
 
-        On entry the lines of this stage with step >= start leave metrics.jsonl (and TensorBoard is
-        told to purge them): they are about to be made again.
-        `check(step, floats)` sees the converted metrics of every step and may raise.
+        Steps of this stage from `start` on that an earlier process wrote are removed from
+        metrics.jsonl, and TensorBoard is told to hide them, because they will be run again.
+        `check(step, floats)` sees the converted metrics of every step and may raise. Without a
+        `display` the console and the report show the metrics by their names.
         """
-        return Stage(self, name, total, start, check)
+        return Stage(self, name, total, start, check, display)
 
     def samples(self, stage: str, step: int, rows: list[dict[str, str | float | int]]) -> None:
-        """Write texts to samples.jsonl, in place of any that this stage and step had before.
+        """Writes texts to samples.jsonl, in place of those that this stage and step had before.
 
         The report pairs rows of the same `prompt`: the first `completion` with the last one, or
         `before` and `after` of a single row. Numbers in a row are shown as its scores.
@@ -80,7 +99,7 @@ class Log:
                 file.write(json_line({"stage": stage, "step": step, **row}))
 
     def table(self, title: str, rows: list[dict[str, str | float | int]]) -> None:
-        """Print rows under the keys of the first one, say the same prompts before and after."""
+        """Prints rows as a table, whose columns are the keys of the first row."""
         if not rows:
             return
         table = Table(title=title, title_justify="left", show_lines=len(rows[0]) > 2)
@@ -92,17 +111,26 @@ class Log:
         self.console.print(table)
 
     def print(self, text: str) -> None:
-        """Print a line, above the progress bar if one is running. The text is not markup."""
+        """Prints a line, above the progress bar if one is running. The text is not markup."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class Stage:
-    """The steps of one stage; made by `Log.stage`. `history` holds every converted dict."""
+    """One stage of a run, made by `Log.stage`; `history` holds the metrics of every step."""
 
-    def __init__(self, log: Log, name: str, total: int, start: int, check: Check | None):
+    def __init__(
+        self,
+        log: Log,
+        name: str,
+        total: int,
+        start: int,
+        check: Check | None,
+        display: Display | None,
+    ):
         self.name = name
         self.history: list[dict[str, float]] = []
         self._log, self._total, self._start, self._check = log, total, start, check
+        self._display = display
         self._pending: tuple | None = None
         self._written = 0
         self._tracing = False
@@ -113,31 +141,45 @@ class Stage:
         self._seconds_before = 0.0
         if log.writes:
             log.folder.mkdir(parents=True, exist_ok=True)
-            self._seconds_before = self._drop_remade_steps()
+            self._seconds_before = self._remove_repeated_steps()
+            _record_display(log.folder, self.name, self._display)
             self._file = (log.folder / "metrics.jsonl").open("a", encoding="utf-8")
-            # One folder per stage, because a purge hides every later step of its whole folder.
+            # One folder per stage, because a purge hides the later steps of a whole folder.
             self._board = _summary_writer()(
                 str(log.folder / "tensorboard" / self.name), purge_step=self._start, flush_secs=10
             )
-        self._progress = _Progress(log.console, self.name, self._total, self._start)
-        self._speed = _Speed(time.perf_counter())
+        headline = None if self._display is None else self._display.headline
+        self._progress = Progress(log.console, self.name, self._total, self._start, headline)
+        self._speed = Speed(time.perf_counter())
         return self
 
-    def write(self, step: int, metrics: dict, tokens: int | jax.Array = 0) -> None:
-        """Take the scalars of one step (device arrays or floats); convert those before them.
+    def write(
+        self,
+        step: int,
+        metrics: dict,
+        tokens: int | jax.Array = 0,
+        more: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
+        """Takes the scalars of one step and converts those of the step before.
 
-        `tokens` is what the step processed; it becomes the metric `tokens_per_second` of every
-        step but the first. Raises ValueError, a step late, for a metric that is not a scalar.
+        `metrics` are scalars, on the device or not. `tokens` counts the real tokens that the step
+        processed, on all hosts together and without padding; it becomes the metric
+        `tokens_per_second` of every step but the first. `more` is called when this step is
+        converted (at the next write, or at `flush`) and returns further scalars: what is measured
+        on the host, such as `more=lambda: observe(rollout)`, then does not keep the device waiting.
+
+        Raises ValueError for a metric that is not a scalar, and whatever `more` raises, both when
+        the step is converted.
         """
         self._log.trained = True
-        previous, self._pending = self._pending, (step, metrics, tokens)
+        previous, self._pending = self._pending, (step, metrics, tokens, more)
         if previous is not None:
             self._convert(*previous, check=self._check)
         self._written += 1
         self._trace(metrics)
 
     def flush(self) -> None:
-        """Wait for the newest step and convert it now, before a checkpoint say."""
+        """Waits for the newest step and converts it now, for example before a checkpoint."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._convert(*pending, check=self._check)
@@ -147,8 +189,8 @@ class Stage:
             if kind is None:
                 self.flush()
             elif self._pending is not None:
-                # The step that is pending may be the one that failed: then converting it raises
-                # again, and must not hide the error that is already on its way.
+                # If the pending step is the one that failed, converting it raises once more. That
+                # must not hide the error that is already being raised.
                 with contextlib.suppress(Exception):
                     self._convert(*self._pending, check=None)
         finally:
@@ -158,18 +200,21 @@ class Stage:
                 self._file.close()
                 self._board.close()
 
-    def _drop_remade_steps(self) -> float:
-        """Trim metrics.jsonl; returns the seconds that the steps before `start` took."""
+    def _remove_repeated_steps(self) -> float:
+        """Removes steps from `start` on from metrics.jsonl; returns the seconds of those before."""
 
-        def remade(line: dict) -> bool:
+        def is_repeated(line: dict) -> bool:
             return line["stage"] == self.name and line["step"] >= self._start
 
-        kept = _drop_lines(self._log.folder / "metrics.jsonl", remade)
+        kept = _drop_lines(self._log.folder / "metrics.jsonl", is_repeated)
         return max((line["seconds"] for line in kept if line["stage"] == self.name), default=0.0)
 
-    def _convert(self, step: int, metrics: dict, tokens, check: Check | None) -> None:
+    def _convert(self, step: int, metrics: dict, tokens, more, check: Check | None) -> None:
         values, tokens = jax.device_get((metrics, tokens))
-        floats = {name: self._scalar(name, values[name]) for name in metrics}
+        values = {name: values[name] for name in metrics}  # device_get sorts the names
+        if more is not None:
+            values |= more()
+        floats = {name: self._scalar(name, value) for name, value in values.items()}
         rate = self._speed.add(time.perf_counter(), float(tokens))
         if rate is not None:
             floats["tokens_per_second"] = rate
@@ -179,7 +224,7 @@ class Stage:
             self._file.write(json_line({"stage": self.name, **self.history[-1]}))
             self._file.flush()
             for name, value in floats.items():
-                # TensorBoard has no use for NaN (and its writer prints a warning for each).
+                # TensorBoard cannot draw NaN, and its writer prints a warning for each.
                 if math.isfinite(value):
                     self._board.add_scalar(f"{self.name}/{name}", value, step)
         self._progress.show(step, floats, self._speed)
@@ -195,11 +240,11 @@ class Stage:
         return float(array.item())
 
     def _trace(self, metrics: dict) -> None:
-        """Called after each write: trace `profile_steps` steps, from the second of the stage."""
+        """Starts the trace after the first step of the stage and ends it after the last one."""
         steps = self._log.profile_steps
         if not (steps and self._log.writes) or self._written not in (1, 1 + steps):
             return
-        # Otherwise the trace would begin in the first step and miss the end of the last one.
+        # Without waiting, the trace would begin within the first step and miss the end of the last.
         jax.block_until_ready(metrics)
         if self._written == 1:
             jax.profiler.start_trace(str(self._log.folder / "profile" / self.name))
@@ -213,11 +258,21 @@ class Stage:
             jax.profiler.stop_trace()
 
 
+def _console(quiet: bool) -> Console:
+    """A console that prints plain lines in a notebook, so that those of a cell form one block.
+
+    By default rich prints an HTML block per line in a notebook. With that switched off, it takes
+    the notebook for a terminal, because Jupyter sets FORCE_COLOR, and tries to redraw a bar.
+    """
+    in_notebook = Console().is_jupyter
+    return Console(quiet=quiet, force_jupyter=False, force_terminal=False if in_notebook else None)
+
+
 def _summary_writer() -> type:
-    """tensorboardX's SummaryWriter. On import it also loads torch where it finds it: not here."""
+    """tensorboardX's SummaryWriter, kept from importing torch where torch is installed."""
     hide = "torch" not in sys.modules
     if hide:
-        sys.modules["torch"] = None  # makes `import torch` an ImportError, which it expects
+        sys.modules["torch"] = None  # `import torch` raises ImportError, which tensorboardX expects
     try:
         from tensorboardX import SummaryWriter
     finally:
@@ -226,80 +281,42 @@ def _summary_writer() -> type:
     return SummaryWriter
 
 
-class _Speed:
-    """Wall time between conversions. The first step compiles, so averages leave it out."""
-
-    def __init__(self, now: float):
-        self.began = self.last = now
-        self.first_ended: float | None = None
-        self.steps = 0
-        self.tokens = 0.0
-
-    def add(self, now: float, tokens: float) -> float | None:
-        """One more step is complete; returns its tokens per second, None for the first."""
-        elapsed, self.last = max(now - self.last, 1e-9), now
-        if self.first_ended is None:
-            self.first_ended = now
-            return None
-        self.steps += 1
-        self.tokens += tokens
-        return tokens / elapsed if tokens else None
-
-    @property
-    def seconds(self) -> float:
-        return self.last - self.began
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / max(self.last - self.first_ended, 1e-9)
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        return (self.last - self.first_ended) / self.steps if self.steps else None
+def _record_display(folder: Path, stage: str, display: Display | None) -> None:
+    """Writes how a stage is shown to stages.json, in place of what an earlier process wrote."""
+    before = read_displays(folder)
+    after = {name: shown for name, shown in before.items() if name != stage}
+    if display is not None:
+        after[stage] = display
+    if after != before:
+        text = json.dumps({name: shown._asdict() for name, shown in after.items()}, indent=2)
+        write_atomically(folder / "stages.json", text + "\n")
 
 
-class _Progress:
-    """A bar where the output is a terminal, otherwise a plain line now and then."""
+def read_displays(folder: Path) -> dict[str, Display]:
+    """How each stage of a run is shown, from its stages.json; none where the file is absent.
 
-    def __init__(self, console: Console, name: str, total: int, start: int):
-        self.console, self.name, self.total = console, name, total
-        self.stride = max(1, math.ceil((total - start) / LINES_PER_STAGE))
-        self.bar = None
-        if console.is_terminal and not console.is_jupyter and not console.quiet:
-            columns = (
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=14),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-            )
-            self.bar = Progress(*columns, console=console)
-            self.task = self.bar.add_task(name, total=total, completed=start, note="")
-            self.bar.start()
-
-    def show(self, step: int, floats: dict[str, float], speed: _Speed) -> None:
-        done = step + 1
-        shown = [name for name in HEADLINE if name in floats][:2]
-        note = [f"{name} {floats[name]:.4g}" for name in shown]
-        if speed.tokens:
-            note.append(f"{_thousands(speed.tokens_per_second)} tokens/s")
-        if speed.seconds_per_step is not None and done < self.total:
-            note.append(f"{_clock((self.total - done) * speed.seconds_per_step)} left")
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, note="  ".join(note))
-        elif done % self.stride == 0 or done == self.total:
-            line = "  ".join([f"{self.name} {done}/{self.total}", _clock(speed.seconds), *note])
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+    Raises ValueError naming the file where it is not what `Log.stage` writes.
+    """
+    path = folder / "stages.json"
+    if not path.exists():
+        return {}
+    stages = read_object(path, "remove the file")
+    try:
+        return {
+            name: Display(shown["title"], tuple(shown["headline"]), dict(shown["curves"]))
+            for name, shown in stages.items()
+        }
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path}: a stage lacks its title, headline or curves; remove it"
+        ) from error
 
 
 def plain(value):
-    """The same value in JSON's types: paths and numbers that JSON lacks become strings.
+    """The same value made of JSON's types. Raises ValueError for a value that has no such form.
 
-    Arrays of one element become numbers, tuples lists. Raises ValueError for anything else.
+    Tuples become lists and arrays of one element numbers. Paths become strings, and so do NaN and
+    infinities, which JSON does not have.
     """
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
@@ -317,12 +334,12 @@ def plain(value):
 
 
 def json_line(value: dict) -> str:
-    """`value` as one line of valid JSON: NaN and infinities as the strings "NaN", "Infinity"."""
+    """`plain(value)` as one line of JSON, its line break included."""
     return json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that readers see either in its old or in its new form, never half written."""
+    """Writes a file such that readers see its old or its new text, and never a part of one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -331,8 +348,9 @@ def write_atomically(path: Path, text: str) -> None:
 def read_lines(path: Path) -> list[dict]:
     """The objects of metrics.jsonl or samples.jsonl; none where the file is absent.
 
-    A last line without its end is what a killed process leaves: it is left out. Raises ValueError
-    with file and line for any other line that is not an object with `stage` and `step`.
+    A last line without a line break is left out, because a process was killed while writing it.
+    Raises ValueError with file and line for any other line that is no object with `stage` and
+    `step`.
     """
     if not path.exists():
         return []
@@ -349,8 +367,28 @@ def read_lines(path: Path) -> list[dict]:
     return parsed
 
 
+def read_object(path: Path, remedy: str) -> dict:
+    """The JSON object in a file. Raises ValueError, ending in `remedy`, where it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object; {remedy}")
+    return value
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one: {"ppo": {"kl_coef": 0.1}} becomes {"ppo.kl_coef": 0.1}."""
+    merged = {}
+    for name, value in tree.items():
+        nested = isinstance(value, dict) and value
+        merged |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return merged
+
+
 def _drop_lines(path: Path, drop: Callable[[dict], bool]) -> list[dict]:
-    """Rewrite the file without some of its lines; returns those that stay."""
+    """Rewrites a file without the lines for which `drop` is true; returns the other lines."""
     kept = [line for line in read_lines(path) if not drop(line)]
     if path.exists():
         text = "".join(json_line(line) for line in kept)
@@ -361,13 +399,3 @@ def _drop_lines(path: Path, drop: Callable[[dict], bool]) -> list[dict]:
 
 def _shown(value: str | float | int) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
-
-
-def _thousands(number: float) -> str:
-    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,60 +1,63 @@
-"""One self-contained HTML page of a run, from the files in its folder.
+"""The report of a run: one HTML page, made from the files in the run's folder.
 
-Curves are inline SVG; the page asks for nothing from elsewhere and runs no script. What a run did
-not write is left out.
+The page stands alone: its curves are inline SVG, it loads no other file and runs no script. A
+section for which the run wrote nothing is left out.
 """
 
 from __future__ import annotations
 
 import html
-import json
-import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_jax.training.metrics import read_lines, write_atomically
+from rlhf_jax.training.charts import BOTTOM, HEIGHT, TOP, Curve, chart, number
+from rlhf_jax.training.metrics import (
+    Display,
+    flat,
+    read_displays,
+    read_lines,
+    read_object,
+    write_atomically,
+)
 
-# Shown at the top of a stage, in this order, where its steps report them; the rest folds away.
-CURVES = {
-    "objective/scores": "Reward (scores)",
-    "objective/gold": "Gold score",
-    "objective/kl": "KL to the reference, nats per response",
-    "policy/entropy_avg": "Entropy, nats per token",
-    "objective/length": "Response length, tokens",
-    "loss/value_avg": "Value loss",
-    "policy/clipfrac_avg": "Policy clip fraction",
-    "loss": "Loss",
-    "rewards/accuracies": "Accuracy on comparisons",
-    "rewards/margins": "Margin, chosen minus rejected",
-}
-TITLES = {"sft": "Supervised fine-tuning", "reward_model": "Reward model", "ppo": "PPO"}
-MAX_POINTS = 120  # a longer curve is drawn as the means of so many stretches of steps
-MAX_SAMPLES = 24
+# The metrics whose charts have a line at the summary's `best_reachable_accuracy`.
+ACCURACIES = ("rewards/accuracies", "eval/rewards/accuracies", "eval/accuracy")
+MAX_SAMPLES = 24  # prompts whose responses before and after are shown
 
 
 def write(folder: Path) -> Path:
-    """Write `report.html` into the folder of a run and return its path.
+    """Writes `report.html` into the folder of a run and returns its path.
 
-    Reads metrics.jsonl, samples.jsonl, config.json and summary.json, each of which may be absent.
-    The cards at the top take `gold_before`, `gold_after`, `win_rate`, `kl`, every `eval_accuracy`
-    and `best_reachable_accuracy` from the summary (under these names at its top level or as the
-    last part of a nested name), and what the summary lacks from the first and last steps.
-    Raises ValueError with file and line where one of them is not what this library writes.
+    Reads metrics.jsonl, stages.json, samples.jsonl, config.json and summary.json, each of which may
+    be absent. Raises ValueError naming the file and line that this library cannot have written.
+
+    The section of a stage shows its held-out evaluations (metrics named `eval/...`), each before
+    the training curve of the same name, then the curves that its `Display` names, then what a
+    reward function reports (`reward/...`). All other metrics are folded away. For a stage without
+    a `Display` every metric is shown.
+
+    The cards at the top show `gold_before`, `gold_after`, `win_rate`, `kl` and each `eval_accuracy`
+    of the summary, wherever they are nested in it, and `best_reachable_accuracy` with the accuracy.
+    A score, KL or accuracy that the summary lacks is taken from the first and last steps.
     """
     folder = Path(folder)
     stages = _stages(read_lines(folder / "metrics.jsonl"))
+    displays = read_displays(folder)
+    titles = _titles(stages, displays)
     samples = read_lines(folder / "samples.jsonl")
     described = _read_object(folder / "config.json")
-    summary = _flat(_read_object(folder / "summary.json"))
+    summary = flat(_read_object(folder / "summary.json"))
     parts = [
         _header(folder, described),
-        _cards(stages, summary),
-        *(_stage_section(name, curves, summary) for name, curves in reversed(stages.items())),
+        _cards(stages, titles, summary),
+        *(
+            _stage_section(titles[name], curves, displays.get(name), summary)
+            for name, curves in reversed(stages.items())
+        ),
         _samples_section(samples),
         _table("Summary", summary, open_=True),
-        _table("Configuration", _flat(described.get("config", {}))),
-        _table("Run", _flat({k: v for k, v in described.items() if k != "config"})),
+        _table("Configuration", flat(described.get("config", {}))),
+        _table("Run", flat({k: v for k, v in described.items() if k != "config"})),
     ]
     title = html.escape(f"{described.get('experiment', folder.name)}")
     path = folder / "report.html"
@@ -65,13 +68,6 @@ def write(folder: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------- reading
-
-
-class Curve(NamedTuple):
-    """One metric of one stage: steps and values, of which some may be NaN."""
-
-    steps: list[int]
-    values: list[float]
 
 
 def _stages(lines: list[dict]) -> dict[str, dict[str, Curve]]:
@@ -87,31 +83,29 @@ def _stages(lines: list[dict]) -> dict[str, dict[str, Curve]]:
     return stages
 
 
+def _titles(stages: dict[str, dict[str, Curve]], displays: dict[str, Display]) -> dict[str, str]:
+    """The title of each stage; two with the same title, say two reward models, add their names."""
+    given = [displays[name].title for name in stages if name in displays]
+    titles = {}
+    for name in stages:
+        title = displays[name].title if name in displays else _words(name)
+        titles[name] = f"{title} ({_words(name).lower()})" if given.count(title) > 1 else title
+    return titles
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
 def _read_object(path: Path) -> dict:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); remove it") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object; remove it")
-    return value
+    return read_object(path, "remove it") if path.exists() else {}
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in tree.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat
-
-
-def _figure(summary: dict, name: str) -> float | int | None:
-    """The number called `name` in the summary, however deeply it is nested there."""
+def _number_named(summary: dict, name: str) -> float | int | None:
+    """The first number called `name` in the flattened summary, however deeply it was nested."""
     for key, value in summary.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and key.rpartition(".")[2] == name:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and key.rpartition(".")[2] == name:
             return value
     return None
 
@@ -132,33 +126,32 @@ def _header(folder: Path, described: dict) -> str:
     return f"<header><h1>{title}</h1><p>{line}</p></header>"
 
 
-def _cards(stages: dict[str, dict[str, Curve]], summary: dict) -> str:
-    def of(name: str, metric: str, place: int):
-        found = _figure(summary, name)
-        if found is not None:
-            return found
-        for curves in stages.values():
-            if metric in curves:
-                return curves[metric].values[place]
-        return None
+def _cards(stages: dict[str, dict[str, Curve]], titles: dict[str, str], summary: dict) -> str:
+    def from_summary_or_steps(name: str, metric: str, index: int):
+        found = _number_named(summary, name)
+        steps = [curves[metric].values[index] for curves in stages.values() if metric in curves]
+        return found if found is not None else steps[0] if steps else None
 
     cards = []
-    before, after = of("gold_before", "objective/gold", 0), of("gold_after", "objective/gold", -1)
+    before = from_summary_or_steps("gold_before", "objective/gold", 0)
+    after = from_summary_or_steps("gold_after", "objective/gold", -1)
     if before is not None and after is not None:
         change = f"{after - before:+.3g} by the gold score"
         cards.append(("Gold score", f"{before:.3g} → {after:.3g}", change))
-    won = _figure(summary, "win_rate")
-    if won is not None:
-        low, high = (_figure(summary, f"win_rate_{end}") for end in ("low", "high"))
-        note = f"by a second reward model, 95 % interval {low:.1%} to {high:.1%}"
-        cards.append(("Win rate over what SFT left", f"{won:.1%}", note))
-    kl = of("kl", "objective/kl", -1)
+    win_rate = _number_named(summary, "win_rate")
+    if win_rate is not None:
+        interval = _interval(
+            *(_number_named(summary, f"win_rate_{end}") for end in ("low", "high"))
+        )
+        note = "by a second reward model" + interval
+        cards.append(("Win rate over the starting policy", f"{win_rate:.1%}", note))
+    kl = from_summary_or_steps("kl", "objective/kl", -1)
     if kl is not None:
-        cards.append(("KL to the reference", _number(kl), "nats per response"))
-    cards += _accuracy_cards(stages, summary)
+        cards.append(("KL to the reference", number(kl), "nats per response"))
+    cards += _accuracy_cards(stages, titles, summary)
     seconds = {name: curves["seconds"].values[-1] for name, curves in stages.items()}
     if seconds:
-        each = ", ".join(f"{_title(name)} {_duration(value)}" for name, value in seconds.items())
+        each = ", ".join(f"{titles[name]} {_duration(value)}" for name, value in seconds.items())
         cards.append(("Time", _duration(sum(seconds.values())), each))
     body = "".join(
         f'<div class="card"><h3>{html.escape(title)}</h3><b>{html.escape(figure)}</b>'
@@ -168,9 +161,11 @@ def _cards(stages: dict[str, dict[str, Curve]], summary: dict) -> str:
     return f'<div class="cards">{body}</div>' if cards else ""
 
 
-def _accuracy_cards(stages: dict, summary: dict) -> list[tuple[str, str, str]]:
-    """(title, figure, note): all held-out accuracies, or where there is none the last batch's."""
-    best = _figure(summary, "best_reachable_accuracy")
+def _accuracy_cards(
+    stages: dict[str, dict[str, Curve]], titles: dict[str, str], summary: dict
+) -> list[tuple[str, str, str]]:
+    """(title, figure, note) of the held-out accuracies; without any, of the last batch's."""
+    best = _number_named(summary, "best_reachable_accuracy")
     cards = []
     for key, value in summary.items():
         place, _, name = key.rpartition(".")
@@ -178,38 +173,74 @@ def _accuracy_cards(stages: dict, summary: dict) -> list[tuple[str, str, str]]:
             continue
         stage, _, data = place.rpartition(".") if place.count(".") else (place, "", "")
         note = "held-out comparisons" + f", {data}" * bool(data)
-        low, high = (summary.get(f"{key}_{end}") for end in ("low", "high"))
-        note += f", 95 % interval {low:.1%} to {high:.1%}" if low is not None else ""
+        note += _interval(summary.get(f"{key}_low"), summary.get(f"{key}_high"))
         note += f", best reachable {best:.1%}" if best is not None else ""
-        title = _title(stage.rpartition(".")[2] or "reward_model")
-        cards.append((f"Accuracy, {title}", f"{value:.1%}", note))
-    curves = [c["rewards/accuracies"] for c in stages.values() if "rewards/accuracies" in c]
-    if not cards and curves:
-        note = "on the last batch it was trained on"
-        cards.append(("Accuracy, Reward model", f"{curves[0].values[-1]:.1%}", note))
+        stage = stage.rpartition(".")[2]
+        title = titles.get(stage, _words(stage))
+        cards.append((f"Accuracy, {title}" if title else "Accuracy", f"{value:.1%}", note))
+    if not cards:
+        for name, curves in stages.items():
+            if "rewards/accuracies" in curves:
+                last = curves["rewards/accuracies"].values[-1]
+                note = "on the last batch it was trained on"
+                cards.append((f"Accuracy, {titles[name]}", f"{last:.1%}", note))
     return cards
 
 
-def _stage_section(stage: str, curves: dict[str, Curve], summary: dict) -> str:
-    best = _figure(summary, "best_reachable_accuracy")
-    levels = {} if best is None else {"rewards/accuracies": (float(best), "best reachable")}
-    shown = [name for name in CURVES if name in curves]
-    rest = [name for name in curves if name not in CURVES and name != "seconds"]
-    main = "".join(chart(name, curves[name], levels.get(name)) for name in shown)
-    more = "".join(chart(name, curves[name]) for name in sorted(rest))
-    if more:
-        head = f"<summary>{len(rest)} more curves</summary>"
-        more = f'<details>{head}<div class="grid">{more}</div></details>'
-    title = html.escape(_title(stage))
-    return f'<section><h2>{title}</h2><div class="grid">{main}</div>{more}</section>'
+def _interval(low: float | None, high: float | None) -> str:
+    known = low is not None and high is not None
+    return f", 95 % interval {low:.1%} to {high:.1%}" if known else ""
 
 
-def _title(stage: str) -> str:
-    return TITLES.get(stage, stage.replace("_", " ").capitalize())
+def _stage_section(
+    title: str, curves: dict[str, Curve], display: Display | None, summary: dict
+) -> str:
+    best = _number_named(summary, "best_reachable_accuracy")
+    ends = [step for curve in curves.values() for step in (curve.steps[0], curve.steps[-1])]
+    headings = {} if display is None else display.curves
+
+    def draw(name: str) -> str:
+        level = (float(best), "best reachable") if best is not None and name in ACCURACIES else None
+        heading = _heading(name, headings)
+        return chart(name, curves[name], heading, level, steps=(min(ends), max(ends)))
+
+    shown = _shown(list(curves), display)
+    rest = sorted(name for name in curves if name not in shown and name != "seconds")
+    main, folded = (list(filter(None, map(draw, names))) for names in (shown, rest))
+    more = ""
+    if folded:
+        head = f"<summary>{len(folded)} more curve{'s' * (len(folded) > 1)}</summary>"
+        more = f'<details>{head}<div class="grid">{"".join(folded)}</div></details>'
+    grid = f'<div class="grid">{"".join(main)}</div>'
+    return f"<section><h2>{html.escape(title)}</h2>{grid}{more}</section>"
+
+
+def _shown(metrics: list[str], display: Display | None) -> list[str]:
+    """The metrics that are not folded away, in the order in which they are drawn."""
+    metrics = [name for name in metrics if name != "seconds"]
+    held_out = [name for name in metrics if name.startswith("eval/")]
+    compared = [name for x in held_out for name in (x, x.removeprefix("eval/")) if name in metrics]
+    if display is None:
+        return list(dict.fromkeys([*compared, *metrics]))
+    named = [name for name in display.curves if name in metrics]
+    rewards = [name for name in metrics if name.startswith("reward/")]
+    return list(dict.fromkeys([*compared, *named, *rewards]))
+
+
+def _heading(metric: str, headings: dict[str, str]) -> str | None:
+    """The words above the name of a metric; None for a metric that has only its name."""
+    if metric in headings:
+        return headings[metric]
+    if metric.startswith("eval/"):
+        trained = metric.removeprefix("eval/")
+        return f"{headings.get(trained, _words(trained))}, held out"
+    if metric.startswith("reward/"):
+        return f"Reward: {_words(metric.removeprefix('reward/')).lower()}"
+    return None
 
 
 class Sample(NamedTuple):
-    """What two policies said to one prompt, with the numbers that belong to each."""
+    """The responses to one prompt before and after training, with the numbers of each."""
 
     prompt: str
     before: str
@@ -219,32 +250,32 @@ class Sample(NamedTuple):
 
 
 def _pairs(rows: list[dict]) -> list[Sample]:
-    """Rows with `before` and `after`, then the first and the last completion of each prompt."""
-    pairs, seen = [], {}
+    """Samples of the rows with `before` and `after`, then of prompts with several completions.
+
+    Of the latter the first and the last completion are shown.
+    """
+    pairs, rows_of_prompt = [], {}
     for row in rows:
         if {"prompt", "before", "after"} <= row.keys():
-            numbers = _numbers(row)
-            sides = [
-                {
-                    k.replace(side, "").strip("_/ ") or side: v
-                    for k, v in numbers.items()
-                    if side in k
-                }
-                for side in ("before", "after")
-            ]
-            pairs.append(Sample(row["prompt"], row["before"], row["after"], *sides))
+            numbers = (_numbers_of(row, side) for side in ("before", "after"))
+            pairs.append(Sample(row["prompt"], row["before"], row["after"], *numbers))
         elif {"prompt", "completion"} <= row.keys():
-            seen.setdefault(row["prompt"], []).append(row)
-    for prompt, said in seen.items():
-        first, last = said[0], said[-1]
-        if first is not last:
-            texts = first["completion"], last["completion"]
-            pairs.append(Sample(prompt, *texts, _numbers(first), _numbers(last)))
+            rows_of_prompt.setdefault(row["prompt"], []).append(row)
+    for prompt, (first, *others) in rows_of_prompt.items():
+        if others:
+            texts = first["completion"], others[-1]["completion"]
+            pairs.append(Sample(prompt, *texts, _numbers(first), _numbers(others[-1])))
     return pairs
 
 
 def _numbers(row: dict) -> dict[str, float | int]:
     return {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+
+
+def _numbers_of(row: dict, side: str) -> dict[str, float | int]:
+    """{"gold before": 1, "gold after": 2} -> {"gold": 1} for the side `before`."""
+    numbers = {name: value for name, value in _numbers(row).items() if side in name}
+    return {name.replace(side, "").strip("_/ ") or side: x for name, x in numbers.items()}
 
 
 def _samples_section(rows: list[dict]) -> str:
@@ -254,7 +285,7 @@ def _samples_section(rows: list[dict]) -> str:
 
     def side(label: str, text: str, numbers: dict) -> str:
         chips = "".join(
-            f"<span>{html.escape(name)} {_number(value)}</span>" for name, value in numbers.items()
+            f"<span>{html.escape(name)} {number(value)}</span>" for name, value in numbers.items()
         )
         return f"<div><h4>{label}{chips}</h4><pre>{html.escape(text)}</pre></div>"
 
@@ -271,151 +302,11 @@ def _table(title: str, values: dict, open_: bool = False) -> str:
     if not values:
         return ""
     rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(_number(value))}</td></tr>"
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(number(value))}</td></tr>"
         for name, value in values.items()
     )
     opened = " open" if open_ else ""
     return f"<details{opened}><summary>{title}</summary><table>{rows}</table></details>"
-
-
-# ------------------------------------------------------------------------------------------ charts
-
-WIDTH, HEIGHT = 340, 180
-LEFT, RIGHT, TOP, BOTTOM = 50, 10, 8, 22
-
-
-def chart(metric: str, curve: Curve, level: tuple[float, str] | None = None) -> str:
-    """A figure with axes, the curve, and a tooltip over every point. Empty if nothing is finite.
-
-    `level` is a value worth comparing with, and what it is: drawn as a dashed line.
-    """
-    steps, values = _thin(curve)
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return ""
-    low, high = _span(finite, level)
-    ticks = _ticks(low, high)
-    first, last = curve.steps[0], max(curve.steps[-1], curve.steps[0] + 1)
-
-    def x(step):
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / (last - first), 1)
-
-    def y(value):
-        return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / (high - low), 1)
-
-    points = [(x(s), y(v) if math.isfinite(v) else None) for s, v in zip(steps, values)]
-    body = [
-        *(
-            f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick)}" y2="{y(tick)}"/>'
-            f'<text x="{LEFT - 6}" y="{y(tick) + 3.5}" text-anchor="end">{_mark(tick)}</text>'
-            for tick in ticks
-        ),
-        *_step_labels(first, last, x),
-        _level_line(level, y) if level else "",
-        _path(points),
-        *_tooltips(steps, values, points),
-    ]
-    name = html.escape(metric)
-    heading = html.escape(CURVES.get(metric, metric))
-    code = f"<code>{name}</code>" if metric in CURVES else ""
-    return (
-        f"<figure><figcaption><span>{heading}{code}</span><b>{_number(curve.values[-1])}</b>"
-        f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">'
-        f"{''.join(body)}</svg></figure>"
-    )
-
-
-def _thin(curve: Curve) -> tuple[list[float], list[float]]:
-    """At most MAX_POINTS points, each the mean of a stretch of steps (of its finite values)."""
-    stride = math.ceil(len(curve.steps) / MAX_POINTS)
-    steps, values = [], []
-    for begin in range(0, len(curve.steps), stride):
-        piece = curve.values[begin : begin + stride]
-        finite = [value for value in piece if math.isfinite(value)]
-        values.append(sum(finite) / len(finite) if finite else piece[0])
-        where = curve.steps[begin : begin + stride]
-        steps.append(sum(where) / len(where))
-    return steps, values
-
-
-def _span(values: list[float], level: tuple[float, str] | None) -> tuple[float, float]:
-    """The lower and the upper end of the axis, with a little room around the values."""
-    values = values + ([level[0]] if level else [])
-    low, high = min(values), max(values)
-    room = 0.05 * (high - low)
-    if room < 1e-9 * max(abs(low), abs(high)) or room == 0.0:  # a constant: its own tenth
-        room = 0.1 * abs(high) or 1.0
-    above = 3 * room if level else room  # the label of the level stands above its line
-    return low - room, high + above
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers within low..high."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= rough * 0.999)
-    first, last = math.ceil(low / step), math.floor(high / step)
-    return [index * step for index in range(first, last + 1)]
-
-
-def _step_labels(first: int, last: int, x) -> Iterable[str]:
-    for step in sorted({first, (first + last) // 2, last}):
-        anchor = "end" if step == last else "start" if step == first else "middle"
-        yield f'<text x="{x(step)}" y="{HEIGHT - 6}" text-anchor="{anchor}">{step}</text>'
-
-
-def _level_line(level: tuple[float, str], y) -> str:
-    value, name = level
-    return (
-        f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value)}" y2="{y(value)}"/>'
-        f'<text x="{WIDTH - RIGHT}" y="{y(value) - 4}" text-anchor="end">'
-        f"{html.escape(name)} {_number(value)}</text>"
-    )
-
-
-def _path(points: list[tuple[float, float | None]]) -> str:
-    """The curve, broken where a value is not finite; a lone point is drawn as a dot."""
-    pieces, current = [], []
-    for px, py in [*points, (0.0, None)]:
-        if py is not None:
-            current.append(f"{px},{py}")
-        elif current:
-            pieces.append(current)
-            current = []
-    drawn = "".join("M" + "L".join(piece) for piece in pieces if len(piece) > 1)
-    dots = "".join(
-        '<circle cx="{}" cy="{}"/>'.format(*piece[0].split(","))
-        for piece in pieces
-        if len(piece) == 1
-    )
-    return f'<path class="curve" d="{drawn}"/>{dots}' if drawn else dots
-
-
-def _tooltips(steps, values, points) -> Iterable[str]:
-    """A band over each point that lights up and names its step and value."""
-    edges = [(a[0] + b[0]) / 2 for a, b in zip(points, points[1:])]
-    lefts, rights = [LEFT, *edges], [*edges, WIDTH - RIGHT]
-    for step, value, (px, py), left, right in zip(steps, values, points, lefts, rights):
-        dot = "" if py is None else f'<circle cx="{px}" cy="{py}"/>'
-        yield (
-            f'<g><rect x="{left:.4g}" width="{right - left:.3g}"/>{dot}'
-            f"<title>step {step:.0f}: {_number(value)}</title></g>"
-        )
-
-
-def _number(value) -> str:
-    if not isinstance(value, float):
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text = f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.4g}"
-    return "0" if value == 0 else text.replace("-", "−", 1) if text[0] == "-" else text
-
-
-def _mark(tick: float) -> str:
-    """A number beside an axis, where there is room for seven characters."""
-    for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if least <= abs(tick) < 1e12:
-            return _number(tick / unit) + letter
-    return _number(tick)
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,233 @@
+"""The folder of one run: what it holds, and what is allowed when it is used again.
+
+`config.json` says which run this is: the experiment, its configuration, the folder of real data,
+and a fingerprint of every file that the configuration names. `summary.json` is written last, so it
+says that the run is finished. A workdir may be used again to continue an interrupted run, or a
+finished one with more iterations. Any other change is refused, because the folder would then hold
+the results of two different runs. A run that fails before its first step leaves no trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from rlhf_jax.config import Config, Source
+from rlhf_jax.data import formats
+from rlhf_jax.training.metrics import Log, flat, plain, read_object, write_atomically
+from rlhf_jax.training.state import TrainingStopped
+
+# The settings that may grow when a workdir is used again: the length of the last stage. If an
+# earlier stage could grow, the later stages would have been trained on a model that is gone.
+LENGTHS = ("num_iterations",)
+_PIECE, _READ_WHOLE = 2**16, 2**28  # bytes
+
+
+def new_folder(experiment: str) -> Path:
+    """A folder under runs/ that does not exist yet, named after the experiment and the time."""
+    base = Path("runs") / f"{experiment}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, count = base, 1
+    while folder.exists():
+        count += 1
+        folder = base.with_name(f"{base.name}-{count}")
+    return folder
+
+
+def describe(experiment: str, config: Config, data: Path | None, folder: Path) -> dict:
+    """The part of config.json with which a later use of the folder must agree."""
+    return {
+        "experiment": experiment,
+        "config": plain(dataclasses.asdict(config)),
+        "data": None if data is None else str(data.resolve()),
+        "contents": _fingerprints(config, folder),
+    }
+
+
+def compare(folder: Path, run: dict) -> dict | None:
+    """The summary if `run` (see `describe`) is finished in this folder; None if it must be trained.
+
+    Raises ValueError where the folder holds another run, or something that is no run.
+    """
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise ValueError(f"--workdir {folder} is a file; name a folder")
+    if not (folder / "config.json").exists():
+        if any(folder.iterdir()):
+            raise ValueError(
+                f"--workdir {folder} is not empty and has no config.json, so it is not a run; "
+                "name another folder"
+            )
+        return None
+    before = read_object(folder / "config.json", "name a new --workdir")
+    if not {"experiment", "config"} <= before.keys():
+        raise ValueError(
+            f"{folder / 'config.json'}: 'experiment' or 'config' is missing; name a new --workdir"
+        )
+    old, new = _settings(before, run), _settings(run, before)
+    changed = [name for name in (old | new) if old.get(name, ()) != new.get(name, ())]
+    refused = [name for name in changed if not _has_grown(name, old, new)]
+    if refused:
+        listed = ", ".join(f"{_shown(old, name)} -> {_shown(new, name)}" for name in refused)
+        raise ValueError(
+            f"--workdir {folder} holds a run with other settings: {listed} (old -> new); name a "
+            f"new --workdir or use the old values (only {', '.join(LENGTHS)} may grow)"
+        )
+    if changed or not (folder / "summary.json").exists():
+        return None
+    return read_object(folder / "summary.json", "remove the file to finish the run again")
+
+
+def begin(folder: Path, run: dict, mesh: jax.sharding.Mesh) -> None:
+    """Marks the folder as holding `run`, unfinished, and notes the machine and the versions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").unlink(missing_ok=True)
+    described = run | _environment(mesh)
+    write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
+
+
+def finish(folder: Path, summary: dict) -> None:
+    """Marks the run in the folder as finished."""
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def restored_on_failure(folder: Path, log: Log) -> Iterator[_Found]:
+    """Puts the folder back as it was found if the body fails before the first step of training.
+
+    So a misspelt file name leaves no empty run behind, and cannot spoil a finished one. When
+    training stops because its numbers are bad, everything is kept for inspection.
+    """
+    found = _inspect(folder)
+    try:
+        yield found
+    except TrainingStopped:
+        raise
+    except BaseException:
+        if log.writes and not log.trained:
+            _restore(folder, found)
+        raise
+
+
+# ------------------------------------------------------------------------------- comparing two runs
+
+
+def _settings(run: dict, other: dict) -> dict:
+    """The settings of a run by dotted name; data and contents only where `other` has them too."""
+    settings = flat(run["config"]) | {"experiment file": run["experiment"]}
+    if run.get("data") and other.get("data"):  # an experiment that reads no data may be given some
+        settings["data"] = run["data"]
+    for name, fingerprint in run.get("contents", {}).items():
+        if name in other.get("contents", {}):
+            settings[f"contents of {name}"] = fingerprint
+    return settings
+
+
+def _has_grown(name: str, old: dict, new: dict) -> bool:
+    if name.rpartition(".")[2] not in LENGTHS or name not in old or name not in new:
+        return False
+    return isinstance(old[name], int) and isinstance(new[name], int) and new[name] > old[name]
+
+
+def _shown(values: dict, name: str) -> str:
+    return f"{name}={json.dumps(values[name])}" if name in values else f"no {name}"
+
+
+def _fingerprints(config: Config, folder: Path, prefix: str = "") -> dict[str, str]:
+    """A fingerprint of every file or folder that a `Source` of the configuration names."""
+    found = {}
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = vars(config)[field.name]
+        if isinstance(value, Config):
+            found |= _fingerprints(value, folder, f"{prefix}{field.name}.")
+        elif hints[field.name] is Source and value:
+            path = Path(os.path.expanduser(formats.located(value)[0]))
+            if path.exists():
+                found[f"{prefix}{field.name}"] = _fingerprint(path, folder)
+    return found
+
+
+def _fingerprint(path: Path, workdir: Path) -> str:
+    """A hash of a file, or of all files in a folder; a large file is read at 64 places only.
+
+    Files in the workdir do not count, because the run itself writes them.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    files = sorted(x for x in path.rglob("*") if x.is_file()) if path.is_dir() else [path]
+    for file in files:
+        if file.resolve().is_relative_to(workdir.resolve()):
+            continue
+        size = file.stat().st_size
+        offsets = range(0, size, _PIECE)
+        if size > _READ_WHOLE:
+            offsets = [(size - _PIECE) * i // 63 for i in range(64)]
+        digest.update(f"{file.relative_to(path)} {size}\n".encode())
+        with file.open("rb") as opened:
+            for offset in offsets:
+                opened.seek(offset)
+                digest.update(opened.read(_PIECE))
+    return digest.hexdigest()
+
+
+def _environment(mesh: jax.sharding.Mesh) -> dict:
+    try:
+        version = importlib.metadata.version("rlhf_jax")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "rlhf_jax": version,
+        },
+        "device": mesh.devices.flat[0].device_kind,
+        "mesh": dict(mesh.shape),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+# ---------------------------------------------------------------------------- restoring the folder
+
+
+class _Found(NamedTuple):
+    """The disk before the run wrote to it."""
+
+    empty: bool  # the folder does not exist, or nothing is in it
+    missing: list[Path]  # of the folder and its parents, those that do not exist; deepest first
+    texts: dict[str, str]  # the files that a run replaces when it begins
+
+
+def _inspect(folder: Path) -> _Found:
+    empty = not folder.exists() or not any(folder.iterdir())
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    paths = [folder / name for name in ("config.json", "summary.json")]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in paths if path.exists()}
+    return _Found(empty, missing, texts)
+
+
+def _restore(folder: Path, found: _Found) -> None:
+    if not folder.exists():
+        return
+    for name, text in found.texts.items():
+        write_atomically(folder / name, text)
+    if found.empty:
+        shutil.rmtree(folder)
+        if folder not in found.missing:
+            folder.mkdir()
+        for parent in found.missing[1:]:
+            if not any(parent.iterdir()):  # another run may have begun there meanwhile
+                parent.rmdir()
