@@ -143,6 +143,89 @@ def test_a_token_across_the_boundary_counts_as_the_answers():
     assert said[-1] and "cabc" in crossing.decode([i for i, on in zip(ids, said) if on])
 
 
+# Templates of models that think: the turn is opened in another way than a finished one is written.
+FINISHED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ HEADER + CONTENT + END }}"
+    "{% else %}{{ '<|' + m.role + '|>' + m.content + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ HEADER + OPENING }}{% endif %}"
+)
+
+
+def thinking(header: str, opening: str, content: str, end: str) -> str:
+    parts = {"HEADER": repr(header), "OPENING": repr(opening), "END": repr(end)}
+    template = FINISHED.replace("CONTENT", content)
+    for name, text in parts.items():
+        template = template.replace(name, text)
+    return template
+
+
+THINKING = {
+    "r1": thinking(
+        "<|Assistant|>", "<think>\n", "m.content.split('</think>')[-1]", "<|end_of_sentence|>"
+    ),
+    "qwq": thinking(
+        "<|im_start|>assistant\n",
+        "<think>\n",
+        "m.content.split('</think>')[-1].lstrip('\n')",
+        "<|im_end|>\n",
+    ),
+    "no_think": thinking(
+        "<|im_start|>assistant\n", "<think>\n\n</think>\n\n", "m.content | trim", "<|im_end|>\n"
+    ),
+}
+# Parts of the markers, of the prompt and of the mark that finds the answer.
+SHORT = ["c", "e|>", "n", "<", "end", "im_end|>", "think", "p", "answer7f3a9c1e5b8d2046", "0 0"]
+
+
+@pytest.mark.parametrize("answer", SHORT)
+@pytest.mark.parametrize("name", THINKING)
+def test_a_short_answer_is_not_taken_for_a_part_of_a_marker(name, answer):
+    tokenizer = plain(THINKING[name])
+    end = "<|end_of_sentence|>" if name == "r1" else "<|im_end|>"
+    ids, said = chat.conversation(tokenizer, [Message("user", "p"), Message("assistant", answer)])
+    trained = [i for i, on in zip(ids, said) if on]
+    assert trained == [*(answer + end).encode(), EOS]
+    assert ids == chat.prompt(tokenizer, [Message("user", "p")]) + trained
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "kept"),
+    [
+        ("r1", "<think>because</think>c", "c"),
+        ("r1", " c ", " c "),
+        ("qwq", "<think>\nend\n</think>\n\nend", "end"),
+        ("no_think", "\n c \n", "c"),
+    ],
+)
+def test_what_a_template_leaves_of_an_answer_is_found_where_it_is_trimmed_or_cut(
+    name, answer, kept
+):
+    turns = [Message("user", "c"), Message("assistant", answer)]
+    ids, said = chat.conversation(plain(THINKING[name]), turns)
+    trained = bytes(i for i, on in zip(ids, said) if on and i != EOS).decode()
+    assert trained.removesuffix("<|im_end|>").removesuffix("<|end_of_sentence|>") == kept
+
+
+def test_an_answer_that_cannot_be_found_in_its_text_is_refused_by_name():
+    turns = [Message("user", "p"), Message("assistant", "c")]
+    shouting = plain(thinking("A:", "<think>", "m.content | upper", "<end>"))
+    with pytest.raises(ValueError, match="does not write an answer as it is, once, so that what"):
+        chat.conversation(shouting, turns)
+    twice = plain(thinking("A:", "<think>", "m.content + m.content", "<end>"))
+    with pytest.raises(ValueError, match="does not write an answer as it is, once, so that what"):
+        chat.conversation(twice, turns)
+    by_length = "(m.content if m.content | length > 5 else 'short: ' + m.content + '!')"
+    uneven = plain(thinking("A:", "<think>", by_length, "<end>"))
+    ids, _ = chat.conversation(uneven, turns)
+    assert ids == [*b"<|user|>p\nA:<think>short: c!<end>", EOS]  # as the template has it
+    by_length = "('A:' if m.content | length > 5 else 'B:') + m.content"
+    uneven = plain(thinking("", "A:<think>", by_length, "<end>"))
+    rows = [{"messages": [turn._asdict() for turn in turns]}]
+    with pytest.raises(ValueError, match="^row 1: the chat template writes this answer into anoth"):
+        batches.demonstrations(rows, uneven, 64, 64)
+
+
 def test_a_template_that_drops_thoughts_still_goes_on_from_what_is_fed():
     """As R1's: the turn is opened with <think>, and a finished turn is without it."""
     tokenizer = plain(

@@ -1,5 +1,6 @@
 """rlhf_jax.data: files to rows, rows to examples, examples to batches."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -9,12 +10,15 @@ import subprocess
 import sys
 import threading
 
+import jaxtyping
 import numpy as np
 import pytest
+import tokenizers
 
-from rlhf_jax.data import batches, builders, formats
+from rlhf_jax.data import batches, builders, formats, mixing
 from rlhf_jax.data.batches import Loader, describe, show
-from rlhf_jax.data.schema import Example
+from rlhf_jax.data.records import Comparisons, Demonstrations, rating
+from rlhf_jax.data.schema import Example, at
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, from_folder
 
 PAD, EOS = 256, 257
@@ -26,6 +30,14 @@ def cache(tmp_path, monkeypatch) -> pathlib.Path:
     """Every test has a cache of its own."""
     monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def no_shape_checks():
+    """What annotations refuse in the tests is refused by the functions themselves elsewhere."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def write(path: pathlib.Path, content: str | bytes) -> pathlib.Path:
@@ -382,7 +394,7 @@ def test_a_prepared_set_from_the_hub_is_read_by_its_name_and_without_the_hub(tmp
         assert where == f"org__set/1.0.0:train row {i + 1}"
         meta = {"tags": ["x", "y"][i:], "good": i}
         assert row == {"messages": said[i], "scores": [0.5] * i, "meta": meta}
-    assert formats.read(*rows[0]).responses == ("a0",)
+    assert formats.read(rows[0][0]).responses == ("a0",)
     with pytest.raises(ValueError, match=r"huggingface:org__no: not prepared under .*; run tfds"):
         builders.load("huggingface:org__no", cache=tmp_path)
 
@@ -392,15 +404,15 @@ def test_a_prepared_set_from_the_hub_is_read_by_its_name_and_without_the_hub(tmp
 
 def test_each_schema_is_recognised_by_its_fields():
     row = {"prompt": "p", "completion": "c", "id": 7}
-    assert formats.demonstration(row, "") == Example("p", ("c",))
-    assert formats.demonstration({"text": "t"}, "") == Example("", ("t",))
+    assert formats.demonstration(row) == Example("p", ("c",), extra={"id": 7})
+    assert formats.demonstration({"text": "t"}) == Example("", ("t",))
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    assert formats.comparison(pair, "") == Example("p", ("a", "b"), (0, 1))
-    assert formats.comparison(pair | {"margin": 2}, "").margin == 2.0
+    assert formats.comparison(pair) == Example("p", ("a", "b"), (0, 1))
+    assert formats.comparison(pair | {"margin": 2}).margin == 2.0
     ranked = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 0, 1]}
     expected = Example("p", ("a", "b", "c"), (1, 0, 1))
-    assert formats.comparison(ranked, "") == expected
-    assert formats.prompt(pair, "") == Example("p")
+    assert formats.comparison(ranked) == expected
+    assert formats.prompt(pair) == Example("p", ("a", "b"), (0, 1))
 
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -448,7 +460,11 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize(("parse", "row", "message"), BAD_ROWS)
 def test_a_fault_in_a_row_is_one_line_that_names_file_line_field_and_remedy(parse, row, message):
-    fails("prefs.jsonl:17: " + message, parse, row, "prefs.jsonl:17")
+    def read():
+        with at("prefs.jsonl:17"):
+            parse(row)
+
+    fails("prefs.jsonl:17: " + message, read)
 
 
 def test_a_faulty_row_of_a_file_is_named_by_its_file_and_line(tmp_path):
@@ -570,10 +586,70 @@ def test_comparisons_have_room_for_the_largest_k_and_absent_responses_are_all_ze
     assert batch.tokens[1, 1].tolist() == [5, *b"qyy", EOS]
     assert batch.attend.sum(axis=2).tolist() == [[4, 4, 0], [4, 5, 4]]
     assert batch.ranks.tolist() == [[0, 1, 0], [2, 0, 2]]
-    assert batch.mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch.present.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch.mask[0].tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0] * 5]  # answer and EOS
+    assert batch.mask[1].tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 1, 1, 0]]
     assert batch.margin.tolist() == [0.5, 0]
     dtypes = [field.dtype for field in batch]
-    assert dtypes == [np.int32, np.int32, np.int32, np.float32, np.float32, np.float32]
+    assert dtypes == [np.int32, np.int32, np.float32, np.int32, *[np.float32] * 3]
+
+
+def test_ranks_that_stand_in_for_scores_run_from_one_to_zero_wherever_they_start():
+    def scores(*ranks):
+        rows = [{"prompt": "p", "responses": [*"abcd"[: len(ranks)]], "ranks": [*ranks]}]
+        return batches.comparisons(rows, BYTES, 2, 3)[0].scores.tolist()
+
+    assert scores(1, 2) == scores(0, 1) == scores(5, 9) == [1, 0]
+    assert scores(3, 1, 2) == [0, 1, 0.5]
+    assert scores(2, 4, 4, 3) == [1, 0, 0, 0.5]
+    assert rating([1, 1, 1]).tolist() == [1, 1, 1]
+
+
+def silent_tokenizer(bos: int | None) -> Tokenizer:
+    """Knows the word "a" alone, and has no token for anything else."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    words.normalizer = tokenizers.normalizers.Replace("b", "")
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return Tokenizer(4, 1, (2,), bos, words, {})
+
+
+def test_a_prompt_of_no_tokens_is_refused_by_name():
+    rows = [{"prompt": "a", "completion": "a"}, {"prompt": "b", "completion": "a"}]
+    message = "row 2: the prompt has no tokens; a response follows one token or more: .* BOS"
+    silent = silent_tokenizer(None)
+    fails(message, batches.prompts, rows, silent, 4)
+    fails(message, batches.demonstrations, rows, silent, 4, 4)
+    pairs = [{"prompt": p, "chosen": "a", "rejected": "a a"} for p in "ab"]
+    fails(message, batches.comparisons, pairs, silent, 4, 4)
+    kept = batches.prompts(rows, silent, 4, on_bad_row="drop")
+    assert kept.counts.dropped == {"faulty row": 1}
+    chats = [{"prompt": [{"role": "user", "content": p}]} for p in "ab"]
+    bare = silent.with_template("{% for m in messages %}{{ m.content + ' ' }}{% endfor %}")
+    fails(message, batches.prompts, chats, bare, 4)
+    answered = [
+        {"messages": row["prompt"] + [{"role": "assistant", "content": "a"}]} for row in chats
+    ]
+    fails(message, batches.demonstrations, answered, bare, 4, 4)
+    assert len(batches.prompts(rows, silent_tokenizer(3), 4)) == 2  # BOS alone is enough
+    sampled = [batches.Sampled([], [[7], [8]], [0, 1])]
+    fails("sample 1 has a prompt of no tokens; .*", batches.sampled_comparisons, sampled, BYTES, 4)
+
+
+def test_sampled_responses_become_comparisons_as_they_were_drawn():
+    ended, cut, same = [7, EOS], [8, 9, 10], [[7], [7]]
+    samples = [
+        batches.Sampled(np.array([1, 2], np.int32), [np.array(ended, np.int32), cut], [1, 0]),
+        batches.Sampled([3], same, [0, 1]),
+        batches.Sampled([3], [[7], [8]], [1, 1]),
+    ]
+    examples = batches.sampled_comparisons(samples, BYTES, 6)
+    assert examples.counts.dropped == {batches.SAME_RESPONSES: 1, batches.NO_PAIR: 1}
+    (batch,) = Loader(examples, batch_size=1).epoch_batches()
+    assert batch.tokens[0].tolist() == [[1, 2, 7, EOS, PAD, PAD], [1, 2, 8, 9, 10, PAD]]
+    assert batch.attend[0].tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
+    assert batch.mask[0].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]]
+    assert batch.ranks.tolist() == [[1, 0]] and batch.present.tolist() == [[1, 1]]
+    fails("sample 1 has 5 tokens, .* length=4", batches.sampled_comparisons, samples, BYTES, 4)
 
 
 def test_prompts_are_padded_on_the_left_and_numbered():
@@ -661,11 +737,11 @@ def test_batches_are_prefetched_by_another_thread():
     threads = []
     examples = numbered(10)
 
-    def collate(rows, index):
+    def collate(*arguments):
         threads.append(threading.get_ident())
-        return examples.collate(rows, index)
+        return examples.collate(*arguments)
 
-    watched = batches.Examples(examples.rows, examples.where, examples.counts, collate)
+    watched = dataclasses.replace(examples, collate=collate)
     next(Loader(watched, 2).from_position(0))
     assert threading.get_ident() not in threads
 
@@ -694,6 +770,28 @@ def test_a_prompt_drawn_twice_in_a_batch_has_two_numbers():
     assert small.index.tolist() == drawn(small)
 
 
+def test_the_row_of_a_prompt_is_found_by_its_number_with_all_its_fields():
+    rows = [{"prompt": f"{i} + 1 =", "answer": i + 1, "tags": [i]} for i in range(3)]
+    examples = batches.prompts(rows, BYTES, max_prompt=8)
+    batch = Loader(examples, 8, seed=0).batch(1)
+    for tokens, attend, index in zip(*batch):
+        source = examples.sources[index % len(examples)]
+        assert bytes(tokens[attend > 0].astype(np.uint8)).decode() == source.prompt
+        number = int(source.prompt[0])
+        assert source.extra == {"answer": number + 1, "tags": [number]}
+
+
+def test_prompts_that_differ_in_other_fields_alone_are_duplicates():
+    rows = [{"prompt": "p", "completion": x, "id": i} for i, x in enumerate("ab")]
+    examples = batches.prompts(rows, BYTES, max_prompt=8)
+    assert examples.counts.dropped == {batches.DUPLICATE: 1}
+    assert examples.sources == [Example("p", ("a",), extra={"id": 0})]
+    same = [{"text": "t", "id": i} for i in range(2)]
+    assert len(batches.demonstrations(same, BYTES, 4, 4)) == 1
+    # A response that is far too long for any limit does not count against its prompt.
+    assert len(batches.prompts([{"prompt": "p", "completion": "x" * 9999}], BYTES, 2)) == 1
+
+
 def test_an_epoch_for_evaluation_is_every_row_once_in_order_in_one_shape():
     loader = Loader(numbered(10), 4, seed=0)
     epoch = loader.epoch_batches()
@@ -713,11 +811,66 @@ def test_padding_rows_of_an_evaluation_carry_no_loss():
     assert batch.mask[1].sum() == batch.attend[1].sum() == 0
     (batch,) = Loader(batches.comparisons([PAIR], BYTES, 3, 3), 2).epoch_batches()
     assert batches.real_rows(batch) == 1
-    assert batch.mask.tolist() == [[1, 1], [0, 0]]
+    assert batch.present.tolist() == [[1, 1], [0, 0]]
+    assert batch.mask[0].any() and not batch.mask[1].any()
+
+
+def test_tokens_that_are_not_padding_are_counted_in_every_kind_of_batch():
+    told = batches.demonstrations(
+        [{"prompt": "ab", "completion": "c"}, {"text": "abc"}], BYTES, 4, 4
+    )
+    asked = batches.prompts([{"prompt": "abc"}, {"prompt": "d"}], BYTES, 4)
+    ranked = batches.comparisons([PAIR, RANKED | {"responses": ["aa", "b"]}], BYTES, 4, 4)
+    for examples, count in (
+        (told, 4 + 4),
+        (mixing.pack(told), 4 + 4),
+        (asked, 3 + 1),
+        (ranked, 4 * len("p_") + 1 + 4),
+    ):
+        (batch,) = Loader(examples, 3).epoch_batches()  # with a row of padding at least
+        assert batches.real_tokens(batch) == count
+
+
+def test_a_loader_of_another_kind_than_is_trained_on_is_refused_in_the_callers_words():
+    pairs = Loader(batches.comparisons([PAIR], BYTES, 4, 4), 1)
+    batches.expect(pairs, "reward_model.run", Comparisons)
+    batches.expect(pairs, "reward_model.centre", Demonstrations, Comparisons)
+    fails(
+        r"sft\.run takes demonstrations, but the loader draws Comparisons; build them with "
+        r"batches\.demonstrations\(\.\.\.\)",
+        batches.expect,
+        pairs,
+        "sft.run",
+        Demonstrations,
+    )
+    fails(
+        r"ppo\.run takes a Loader of prompts, got Examples; make one by batches\.Loader\(.*\)",
+        batches.expect,
+        numbered(2),
+        "ppo.run",
+        batches.Prompts,
+    )
+
+
+@pytest.mark.parametrize("rows", ["prompts.jsonl", pathlib.Path("prompts.jsonl")])
+def test_a_path_in_place_of_rows_is_named_with_the_remedy(rows, no_shape_checks):
+    message = (
+        r"rows='prompts\.jsonl' is one text, not rows; open a file by builders\.load\(path\), .*"
+    )
+    fails(message, batches.prompts, rows, BYTES, 4)
+    fails(message, mixing.split, rows, 0.5)
+
+
+def test_rows_that_have_no_fields_are_named_with_the_remedy(no_shape_checks):
+    message = r"row 2 is 'Once upon a time', not an object of fields; open .* or write rows as .*"
+    rows = [{"text": "Once"}, "Once upon a time"]
+    for on_bad_row in ("error", "drop"):  # the fault is the program's, not the file's
+        fails(message, batches.demonstrations, rows, BYTES, 4, 4, on_bad_row=on_bad_row)
+    fails("row 1 is 3, not an object .*", batches.prompts, [3], BYTES, 4)
 
 
 def test_a_loader_that_can_draw_nothing_is_refused():
-    empty = batches.Examples([], [], batches.Counts(0, {}, {}), lambda rows, index: None)
+    empty = dataclasses.replace(numbered(2), rows=[])
     fails("there are no examples to draw batches from; check the dataset", Loader, empty, 1)
     fails("batch_size=0 must be 1 or more", Loader, numbered(2), 0)
     fails("seed=-1 must be 0 or more", Loader, numbered(2), 1, -1)

@@ -1,4 +1,4 @@
-"""rlhf_jax.data.formats and layouts: rows of every format people have, into the one schema."""
+"""rlhf_jax.data.formats: rows of every format people have, into the one schema."""
 
 import json
 import re
@@ -6,8 +6,9 @@ import re
 import jaxtyping
 import pytest
 
-from rlhf_jax.data import batches, builders, formats, layouts
-from rlhf_jax.data.schema import Example, Message
+from rlhf_jax.data import batches, builders, formats, known_formats
+from rlhf_jax.data.known_formats import FORMATS
+from rlhf_jax.data.schema import Example, Message, at
 from rlhf_jax.data.tokenizers import PLAIN_TEMPLATE, byte_tokenizer
 
 CHAT = byte_tokenizer().with_template(PLAIN_TEMPLATE)
@@ -40,6 +41,12 @@ def sharegpt(*texts: str) -> list[dict]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
+def located(where: str, function, *args):
+    """Calls `function`; what is wrong with a row says where the row stands."""
+    with at(where):
+        return function(*args)
+
+
 RANKED = {"prompt": "p", "responses": ["a", "b", "c"]}
 ALPACA = {"instruction": "p", "input": "", "output": "a"}
 ASKED = {"instruction": "p", "input": "q", "history": [["h", "i"]], "system": "s"}
@@ -48,8 +55,8 @@ VERSION_2 = [{"response": x, "source": "m", "score": y} for x, y in (("a", 7), (
 
 # Format, row, example. Each row is recognised by its fields alone.
 ROWS = [
-    ("text", {"text": "t", "author": "x"}, Example("", ("t",))),
-    ("prompt", {"prompt": "p", "id": 3}, Example("p")),
+    ("text", {"text": "t", "author": "x"}, Example("", ("t",), extra={"author": "x"})),
+    ("prompt", {"prompt": "p", "id": 3}, Example("p", extra={"id": 3})),
     ("prompt", {"prompt": messages("p")}, Example(said("p"))),
     ("prompt_completion", {"prompt": "p", "completion": "a"}, Example("p", ("a",))),
     (
@@ -181,13 +188,39 @@ ROWS = [
 
 @pytest.mark.parametrize(("name", "row", "example"), ROWS)
 def test_a_row_is_recognised_by_its_fields_and_read_into_the_schema(name, row, example):
-    assert formats.read(row, "x:1") == example
-    assert formats.read(row, "x:1", name) == example
-    assert formats.read(row, "x:1", formats.FORMATS[name]) == example
+    assert formats.read(row) == example
+    assert formats.read(row, name) == example
+    (format,) = [format for format in FORMATS if format.name == name]
+    assert formats.read(row, format.read) == example
+
+
+@pytest.mark.parametrize(("name", "row", "example"), ROWS)
+def test_fields_that_a_format_does_not_use_are_kept_as_they_are(name, row, example):
+    more = {"answer": 42, "references": ["x", {"y": None}], "meta": {"level": 3}}
+    assert formats.read(row | more) == example._replace(extra={**example.extra, **more})
+
+
+def test_what_a_prompts_row_holds_beside_it_stays_within_reach():
+    answered = formats.prompt({"prompt": "1 + 1 =", "completion": "2", "steps": ["carry"]})
+    assert (answered.completion, answered.extra) == ("2", {"steps": ["carry"]})
+    # The rest of this row cannot be read, so it is kept as it is.
+    faulty = formats.prompt({"prompt": "p", "chosen": 3, "rejected": "b", "answer": 2})
+    assert faulty == Example("p", extra={"chosen": 3, "rejected": "b", "answer": 2})
+    spoken = formats.prompt({"prompt": "p", "gold": 3}, formats.as_messages(None, formats.prompt))
+    assert spoken == Example(said("p"), extra={"gold": 3})
+
+
+def test_a_function_of_the_users_own_keeps_what_it_did_not_read_too():
+    def read(row) -> Example:
+        return Example(row["question"], (row["reply"],), extra={"length": len(row["reply"])})
+
+    row = {"question": "p", "reply": "abc", "answer": 7, "lang": "de"}
+    wanted = Example("p", ("abc",), language="de", extra={"answer": 7, "length": 3})
+    assert formats.read(row, read) == wanted
 
 
 def test_every_format_is_shown_by_a_row_above():
-    assert {name for name, *_ in ROWS} | {"pandalm"} == set(formats.FORMATS)
+    assert {name for name, *_ in ROWS} | {"pandalm"} == {format.name for format in FORMATS}
 
 
 @pytest.mark.parametrize(
@@ -204,42 +237,43 @@ def test_every_format_is_shown_by_a_row_above():
 def test_several_annotators_decide_by_majority(votes, ranks):
     row = {"instruction": "p", "input": "", "response1": "a", "response2": "b"}
     row |= {f"annotator{i}": vote for i, vote in enumerate(votes, 1)}
-    assert formats.read(row, "x:1") == Example(said("p"), ("a", "b"), ranks)
+    assert formats.read(row) == Example(said("p"), ("a", "b"), ranks)
 
 
 def test_a_translation_needs_its_direction():
     row = {"en": "One.", "de": "Eins.", "fr": "Un."}
-    with pytest.raises(ValueError, match=r"^x:1: the row is a translation without a direction; na"):
-        formats.read(row, "x:1")
-    with pytest.raises(ValueError, match="^x:1: the row is a translation without a direction"):
-        formats.prompt(row, "x:1")
-    german = layouts.source_target("en", "de", template="Translate: {}\n")
-    assert formats.read(row, "x:1", german) == Example(
-        "Translate: One.\n", ("Eins.",), language="de"
+    with pytest.raises(ValueError, match=r"^the row is a translation without a direction; na"):
+        formats.read(row)
+    with pytest.raises(ValueError, match="^the row is a translation without a direction"):
+        formats.prompt(row)
+    german = known_formats.source_target("en", "de", template="Translate: {}\n")
+    assert formats.read(row, german) == Example(
+        "Translate: One.\n", ("Eins.",), language="de", extra={"fr": "Un."}
     )
-    french = layouts.source_target("fr", "en")
-    assert formats.read({"translation": row}, "x:1", french) == Example(
-        "Un.\n", ("One.",), language="en"
+    french = known_formats.source_target("fr", "en")
+    assert formats.read({"translation": row}, french) == Example(
+        "Un.\n", ("One.",), language="en", extra={"translation": row}
     )
-    spoken = formats.as_messages(layouts.source_target("en", "de"))
-    assert formats.read(row, "x:1", spoken).prompt == said("One.")
+    spoken = formats.as_messages(known_formats.source_target("en", "de"))
+    assert formats.read(row, spoken).prompt == said("One.")
 
 
 def test_fields_of_other_names_are_read_by_a_map():
     row = {"article": "long", "highlights": "short", "meta": {"stars": 4}}
     summary = formats.renamed({"prompt": "article", "completion": "highlights"})
-    assert formats.read(row, "x:1", summary) == Example("long", ("short",))
+    assert formats.read(row, summary) == Example("long", ("short",), extra={"meta": {"stars": 4}})
     rated = formats.renamed({"prompt": "article", "response": "highlights", "score": "meta.stars"})
-    assert formats.read(row, "x:1", rated).scores == (4.0,)
-    with pytest.raises(ValueError, match=r"^x:1: 'title' is missing; it is to be read as 'prompt'"):
-        formats.read(row, "x:1", formats.renamed({"prompt": "title"}))
+    assert formats.read(row, rated).scores == (4.0,)
+    assert formats.read(row, rated).extra == {"meta": {"stars": 4}}  # only a part of it was read
+    with pytest.raises(ValueError, match=r"^'title' is missing; it is to be read as 'prompt'"):
+        formats.read(row, formats.renamed({"prompt": "title"}))
 
 
 FAULTS = [
     ({"instruction": "p", "output": "a", "text": "t"}, "the fields fit the formats 'text' and 'al"),
     (
         {"prompt": "p", "messages": [], "chosen": [], "rejected": []},
-        "the fields fit the formats 'messages_preference' and 'preference'; name one by format=",
+        "the fields fit the formats 'preference' and 'messages_preference'; name one by format=",
     ),
     (
         {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2},
@@ -289,14 +323,14 @@ FAULTS = [
 @pytest.mark.parametrize(("row", "message"), FAULTS)
 def test_a_fault_is_one_line_with_place_and_remedy(row, message):
     with pytest.raises(ValueError) as caught:
-        formats.read(row, "prefs.jsonl:17")
+        located("prefs.jsonl:17", formats.read, row)
     assert re.match(f"prefs.jsonl:17: {message}", str(caught.value)), str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_format_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"^format='alpacca' is not known; use one of text, prom"):
-        formats.read(ALPACA, "x:1", "alpacca")
+        formats.read(ALPACA, "alpacca")
 
 
 def test_faulty_rows_are_dropped_and_counted_only_where_asked():
@@ -315,14 +349,14 @@ def test_any_other_way_with_faulty_rows_is_refused(no_shape_checks):
 
 def test_each_use_takes_the_rows_it_can_use():
     pair, judged = ALPACA | {"output": ["a", "b"]}, ALPACA | {"tag": False}
-    assert formats.demonstration(pair, "").completion == "a"
-    assert formats.prompt(pair, "") == formats.prompt(ALPACA, "") == Example(said("p"))
+    assert formats.demonstration(pair).completion == "a"
+    assert formats.prompt(pair).prompt == formats.prompt(ALPACA).prompt == said("p")
     with pytest.raises(ValueError, match="which may be a bad one to imitate; train a reward model"):
-        formats.demonstration(judged, "x:1")
-    with pytest.raises(ValueError, match="^x:1: 'prompt' is missing; a comparison has"):
-        formats.comparison(judged, "x:1")
-    with pytest.raises(ValueError, match="^x:1: no response has a score; regression takes scores"):
-        formats.annotation(pair, "x:1")
+        formats.demonstration(judged)
+    with pytest.raises(ValueError, match="^'prompt' is missing; a comparison has"):
+        formats.comparison(judged)
+    with pytest.raises(ValueError, match="^no response has a score; regression takes scores"):
+        formats.annotation(pair)
 
 
 # LLaMA-Factory's dataset_info.json.
@@ -362,7 +396,7 @@ INFO_ROWS = {
     "plain": (ALPACA, Example(said("p"), ("a",))),
     "mapped": (
         {"question": "p", "answer": "a", "rules": "s", "output": "another thing"},
-        Example((Message("system", "s"), *said("p")), ("a",)),
+        Example((Message("system", "s"), *said("p")), ("a",), extra={"output": "another thing"}),
     ),
     "pairs": (
         {
@@ -386,7 +420,7 @@ def test_a_dataset_info_names_files_columns_and_tags(tmp_path, name):
     info = tmp_path / "dataset_info.json"
     info.write_text(json.dumps(INFO))
     path, format = formats.dataset_info(info, name)
-    assert [formats.read(*item, format) for item in builders.load(path)] == [example]
+    assert [formats.read(row, format) for row, _ in builders.load(path)] == [example]
 
 
 def test_an_entry_that_is_not_there_or_not_local_is_named(tmp_path):
@@ -425,25 +459,25 @@ def test_a_prompt_is_read_as_the_rest_of_its_row_says():
     """`prompt` repeats the question as text where the turns are messages."""
     chosen, rejected = messages("p", "a"), messages("p", "b")
     pair = {"prompt": "p", "chosen": chosen, "rejected": rejected}
-    assert formats.prompt(pair, "").prompt == formats.read(pair, "").prompt == said("p")
-    assert formats.prompt({"prompt": "p", "messages": chosen}, "").prompt == said("p")
+    assert formats.prompt(pair).prompt == formats.read(pair).prompt == said("p")
+    assert formats.prompt({"prompt": "p", "messages": chosen}).prompt == said("p")
     # Where nothing else can be read, the field it is.
     for more in ({"chosen": 3, "rejected": rejected}, {"text": "t"}, pair | {"messages": chosen}):
-        assert formats.prompt({**more, "prompt": "p"}, "").prompt == "p"
+        assert formats.prompt({**more, "prompt": "p"}).prompt == "p"
     spoken = formats.as_messages(None, formats.prompt)
-    assert formats.prompt({"prompt": "p", "gold": 3}, "", spoken).prompt == said("p")
+    assert formats.prompt({"prompt": "p", "gold": 3}, spoken).prompt == said("p")
 
 
 @pytest.mark.parametrize("extra", [{"history": 5}, {"history": "q"}])
 def test_a_history_that_is_no_list_is_a_fault_of_its_row(extra):
-    with pytest.raises(ValueError, match="^x:1: 'history' must be a list, got "):
-        formats.read(ALPACA | extra, "x:1")
+    with pytest.raises(ValueError, match="^'history' must be a list, got "):
+        formats.read(ALPACA | extra)
 
 
 def test_a_role_that_is_no_text_is_a_fault_of_its_row():
     turns = [{"role": ["user"], "content": "p"}, {"role": "assistant", "content": "a"}]
-    with pytest.raises(ValueError, match=r"^x:1: 'messages\[0\]' has the role \['user'\]; use"):
-        formats.read({"messages": turns}, "x:1")
+    with pytest.raises(ValueError, match=r"^'messages\[0\]' has the role \['user'\]; use"):
+        formats.read({"messages": turns})
 
 
 def test_a_ranking_above_an_equal_response_is_dropped_and_counted():
@@ -458,8 +492,8 @@ def test_a_ranking_above_an_equal_response_is_dropped_and_counted():
 
 # The real files: rows, rows without a fault, and one thing that is known of them.
 
-GERMAN = layouts.source_target("en", "de")
-CHINESE = layouts.source_target("en", "zh")
+GERMAN = known_formats.source_target("en", "de")
+CHINESE = known_formats.source_target("en", "zh")
 FILES = {
     "poems/song_ci_zh.jsonl.gz": (15817, 15817, None),
     "preference/alpaca_eval_gpt4.jsonl.gz": (9672, 9666, None),
@@ -489,7 +523,7 @@ def read_all(path, format=None) -> tuple[list[Example], int]:
     examples, faults = [], 0
     for row, where in builders.load(path):
         try:
-            examples.append(formats.read(row, where, format))
+            examples.append(located(where, formats.read, row, format))
         except ValueError as error:
             assert str(error).startswith(where)
             faults += 1
@@ -527,7 +561,8 @@ def test_facts_that_are_known_of_the_real_files(real_data, no_shape_checks):
     pairs, _ = read_all(real_data / "preference/comparison_gpt4_en.json")
     assert pairs[0].responses[1] == "Red, Yellow, and Green."
     several, _ = read_all(real_data / "translation/tatoeba_en_zh.jsonl.gz", CHINESE)
-    assert several[0] == Example("Hi.\n", ("嗨。", "你好。"), language="zh")
+    assert several[0]._replace(extra={}) == Example("Hi.\n", ("嗨。", "你好。"), language="zh")
+    assert list(several[0].extra) == ["attribution"]
     assert sum(len(example.responses) > 1 for example in several) == 991
     chinese, _ = read_all(real_data / "preference/dpo_zh_500.jsonl")
     assert sum(example.prompt[0].role == "system" for example in chinese) == 69

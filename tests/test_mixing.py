@@ -83,7 +83,7 @@ def texts(count: int, letter: str) -> batches.Examples:
 
 def test_a_mixture_has_its_weights_and_every_row():
     mixed = mixing.mix([(texts(30, "a"), 1), (texts(5, "b"), 3)])
-    shown = collections.Counter(bytes(row[0][0][:-1].tolist()) for row in mixed.rows)
+    shown = collections.Counter(bytes(row.documents[0].ids[:-1].tolist()) for row in mixed.rows)
     assert all(shown[f"a{i}".encode()] == 1 for i in range(30))
     assert {shown[f"b{i}".encode()] for i in range(5)} == {18}  # 90 rows for 30
     assert len(mixed) == len(mixed.where) == 120 == mixed.counts.kept
@@ -92,12 +92,27 @@ def test_a_mixture_has_its_weights_and_every_row():
     assert 0.6 < share < 0.9
 
 
+def test_the_rows_of_a_small_part_that_come_once_more_are_drawn_by_the_seed():
+    def times(seed):
+        """How often each of 5 rows comes where 12 of the part are needed."""
+        mixed = mixing.mix([(texts(12, "a"), 1), (texts(5, "b"), 1)], seed=seed)
+        spelt = [bytes(row.documents[0].ids[:-1].tolist()).decode() for row in mixed.rows]
+        assert [source.completion for source in mixed.sources] == spelt
+        return tuple(spelt.count(f"b{i}") for i in range(5))
+
+    counts = [times(seed) for seed in range(40)]
+    assert all(sorted(count) == [2, 2, 2, 3, 3] for count in counts)
+    assert times(3) == counts[3]
+    more = np.sum(np.array(counts) == 3, axis=0)  # 40 draws of 2 of 5: 16 each on average
+    assert more.sum() == 80 and more.min() > 5
+
+
 def test_mixed_comparisons_have_room_for_the_most_responses_of_any_part():
     two = batches.comparisons(pairs(2, 2), BYTES, 12, 4)
     three = [{"prompt": "q", "responses": ["x", "y", "z"], "ranks": [0, 1, 2]}]
     three = batches.comparisons(three, BYTES, 12, 4)
     mixed = mixing.mix([(two, 1), (three, 1)])
-    assert mixed[0].mask.tolist() == [1, 1, 0] and mixed[2].mask.tolist() == [1, 1, 1]
+    assert mixed[0].present.tolist() == [1, 1, 0] and mixed[2].present.tolist() == [1, 1, 1]
     assert mixed[0].scores.tolist() == [1, 0, 0]
     rated = [{"prompt": "q", "responses": ["x", "y"], "scores": [3, 9]}]
     mixed = mixing.mix([(two, 1), (batches.comparisons(rated, BYTES, 12, 4), 1)])
@@ -118,11 +133,16 @@ def test_packed_rows_hold_every_document_once_and_fewer_padding():
     packed = mixing.pack(plain)
     assert len(packed) < len(plain)
     assert mixing.utilisation(packed) > 0.85 > 0.5 > mixing.utilisation(plain)
-    apart = sorted(bytes(min(i, 255) for i in row[0][0]) for row in plain.rows)
-    together = sorted(bytes(min(i, 255) for i in ids) for row in packed.rows for ids, _ in row)
+    apart, together = (
+        sorted(tuple(document.ids) for row in examples.rows for document in row.documents)
+        for examples in (plain, packed)
+    )
     assert together == apart
+    for row, sources in zip(packed.rows, packed.sources):
+        spelt = [bytes(ids[on][:-1].tolist()).decode() for ids, on in row.documents]
+        assert spelt == [source.completion for source in sources]
     example = packed[0]
-    assert set(example.attend.tolist()) <= {0, *range(1, len(packed.rows[0]) + 1)}
+    assert set(example.attend.tolist()) <= {0, *range(1, len(packed.rows[0].documents) + 1)}
     with pytest.raises(ValueError, match="Prompts cannot be packed; pack demonstrations"):
         mixing.pack(batches.prompts([{"prompt": "p"}], BYTES, 4))
 

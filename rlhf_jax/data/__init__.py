@@ -1,1 +1,5 @@
-"""Files and prepared datasets to tokenised batches: builders, formats, chat, batches, mixing."""
+"""From files and prepared datasets to tokenised batches.
+
+`builders` opens files, `formats` reads their rows, `batches` tokenises them and draws batches,
+`mixing` splits, mixes and packs datasets, `chat` renders conversations.
+"""

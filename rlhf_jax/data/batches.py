@@ -1,13 +1,13 @@
-"""Examples to token ids, counted once: what `Loader` draws batches from.
+"""Tokenises rows of files into datasets, from which `Loader` draws batches. Every row is counted.
 
-Lengths. A prompt takes at most `max_prompt` tokens, BOS included; a response at most
-`max_response`, EOS included; plain text has the room of both. P = max_prompt and
-T = max_prompt + max_response are static. What does not fit is dropped and counted, never cut.
+A prompt takes at most `max_prompt` tokens, BOS included; a response at most `max_response`, EOS
+included; plain text at most the sum of both. The sizes of the arrays, P = max_prompt and
+T = max_prompt + max_response, do not depend on the rows. A row that does not fit is dropped and
+counted, never cut.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -16,11 +16,23 @@ import numpy as np
 
 from rlhf_jax.data import chat, formats, records, schema
 from rlhf_jax.data.loader import Loader as Loader
-from rlhf_jax.data.loader import real_rows as real_rows
-from rlhf_jax.data.records import Comparisons, Counts, Demonstrations, Examples, Prompts, describe
+from rlhf_jax.data.loader import expect as expect
+from rlhf_jax.data.records import (
+    Comparisons,
+    Counts,
+    Demonstrations,
+    Document,
+    Examples,
+    Prompts,
+    Shape,
+    describe,
+)
+from rlhf_jax.data.records import real_rows as real_rows
+from rlhf_jax.data.records import real_tokens as real_tokens
 from rlhf_jax.data.schema import Example
 from rlhf_jax.data.tokenizers import Tokenizer
 
+# Why a row is dropped.
 DUPLICATE = "exact duplicate"
 SAME_RESPONSES = "chosen equals rejected"
 NO_PAIR = "no two ranks differ"
@@ -30,173 +42,195 @@ LONG_TEXT = "text over its limit"
 FAULTY = "faulty row"
 
 OnBadRow = Literal["error", "drop"]
-_ROW = Mapping[str, Any] | tuple[Mapping[str, Any] | str, str]
+_Rows = Iterable[Mapping[str, Any] | tuple[Mapping[str, Any] | str, str]]
 
 
 def demonstrations(
-    rows: Iterable[_ROW],
+    rows: _Rows,
     tokenizer: Tokenizer,
     max_prompt: int,
     max_response: int,
     *,
-    format: formats.Format = None,
+    format: formats.FormatLike = None,
     on_bad_row: OnBadRow = "error",
     turns: chat.Turns = "last",
 ) -> Examples:
-    """Tokenises rows with a response to imitate; `rows` as `builders.load` or plain dicts.
+    """Tokenises rows with a response to imitate; `rows` are those of `builders.load`, or dicts.
 
-    Ids: BOS, prompt, completion, EOS; the loss is on completion and EOS, or on all of a plain text
-    but the first token, which nothing predicts. Messages are rendered by the tokenizer's chat
-    template; `turns="all"` trains every answer of a conversation, which then has the room of both
-    limits. Raises ValueError for a faulty row (or drops and counts it) or if no usable row is left.
+    The tokens are BOS, prompt, completion, EOS, and the loss is on completion and EOS. For plain
+    text the loss is on all tokens but the first, which nothing predicts. Messages are rendered by
+    the tokenizer's chat template; `turns="all"` trains on every answer of a conversation, which may
+    then have max_prompt + max_response tokens. Raises ValueError for a faulty row (or drops and
+    counts it) or if no usable row is left.
     """
     _check_limits(max_prompt=max_prompt, max_response=max_response)
+    length = max_prompt + max_response
 
-    def tokenize(example: Example) -> tuple | str:
-        ids, trained = _document(tokenizer, example.prompt, example.completion, turns)
+    def tokenize(example: Example) -> records.DemonstrationRow | str:
+        document = _document(tokenizer, example.prompt, example.completion, turns)
         if not example.prompt or turns == "all" and not isinstance(example.prompt, str):
-            long = LONG_TEXT if len(ids) > max_prompt + max_response else None
+            reason = LONG_TEXT if len(document.ids) > length else None
         else:
-            long = _long(trained.index(True), len(ids), max_prompt, max_response)
-        return long or ((_ids(ids), np.asarray(trained)),)
+            reason = _over_limit(document, max_prompt, max_response)
+        return reason or records.DemonstrationRow((document,))
 
-    collate = functools.partial(
-        records.collate_demonstrations,
-        length=max_prompt + max_response,
-        pad_id=tokenizer.pad_id,
-    )
-    reader = _Reader(formats.demonstration, format, on_bad_row, max_prompt + max_response)
-    return _examples(rows, tokenizer, reader, tokenize, lambda _: collate)
+    reading = _Reading(formats.demonstration, _without_extra, format, on_bad_row, length)
+    kept = _tokenised(rows, tokenizer, reading, tokenize)
+    return Examples(*kept, Shape(length, tokenizer.pad_id), records.collate_demonstrations)
 
 
 def comparisons(
-    rows: Iterable[_ROW],
+    rows: _Rows,
     tokenizer: Tokenizer,
     max_prompt: int,
     max_response: int,
     *,
-    format: formats.Format = None,
+    format: formats.FormatLike = None,
     on_bad_row: OnBadRow = "error",
 ) -> Examples:
     """Tokenises rows with K >= 2 ranked or scored responses, of which two must differ in rank.
 
-    A row that ranks a response above an equal one is dropped, for it contradicts itself.
-    Each response is BOS, prompt, response, EOS, or a rendered conversation. K is the largest number
-    of responses of a row. A row with one response over its limit is dropped whole: a ranking
-    without it is another ranking. Raises ValueError for a faulty row (or drops and counts it) or if
-    no usable row is left.
+    The tokens of each response are BOS, prompt, response, EOS, or a rendered conversation. K is the
+    largest number of responses of a row. A row is dropped if it ranks a response above an identical
+    one, or if one of its responses is over the limit, because a ranking without that response would
+    be a different one. Raises ValueError for a faulty row (or drops and counts it) or if no usable
+    row is left.
     """
 
-    def use(example: Example, ids: list[tuple]) -> str | None:
-        ranked = [
-            x != y
-            for i, (x, rank) in enumerate(zip(ids, example.ranks))
-            for y, other in zip(ids[:i], example.ranks)
-            if rank != other
+    def unusable(example: Example, documents: Sequence[Document]) -> str | None:
+        ids = [tuple(document.ids.tolist()) for document in documents]
+        differ = [
+            one != other
+            for i, (one, rank) in enumerate(zip(ids, example.ranks))
+            for other, other_rank in zip(ids[:i], example.ranks)
+            if rank != other_rank
         ]
-        if not ranked:
+        if not differ:
             return NO_PAIR if len(set(ids)) > 1 else SAME_RESPONSES
-        return None if all(ranked) else SAME_RESPONSES
+        return None if all(differ) else SAME_RESPONSES
 
-    reader = _Reader(formats.comparison, format, on_bad_row, max_prompt + max_response)
-    return _responses(rows, tokenizer, max_prompt, max_response, reader, use)
+    room = max_prompt + max_response
+    reading = _Reading(formats.comparison, _without_extra, format, on_bad_row, room)
+    return _responses(rows, tokenizer, max_prompt, max_response, reading, unusable)
 
 
 def scored(
-    rows: Iterable[_ROW],
+    rows: _Rows,
     tokenizer: Tokenizer,
     max_prompt: int,
     max_response: int,
     *,
-    format: formats.Format = None,
+    format: formats.FormatLike = None,
     on_bad_row: OnBadRow = "error",
 ) -> Examples:
     """Tokenises rows whose K >= 1 responses have scores or labels, as targets of a regression.
 
-    `Comparisons` like those of `comparisons`, but single answers and ties stay in.
+    Gives `Comparisons` as `comparisons` does, but keeps single answers and ties.
     """
-    reader = _Reader(formats.annotation, format, on_bad_row, max_prompt + max_response)
-    return _responses(rows, tokenizer, max_prompt, max_response, reader, lambda *_: None)
+    room = max_prompt + max_response
+    reading = _Reading(formats.annotation, _without_extra, format, on_bad_row, room)
+    return _responses(rows, tokenizer, max_prompt, max_response, reading, _always_usable)
 
 
-def sampled_comparisons(
-    samples: Sequence[tuple[Sequence[np.ndarray], Sequence[int]]], tokenizer: Tokenizer, length: int
-) -> Examples:
-    """Comparisons of responses that are tokens already: a policy's own samples and their ranks.
+class Sampled(NamedTuple):
+    """Responses that a policy drew for one prompt, as token ids, and how they rank."""
 
-    Each sample is (ids of prompt and response for each response, ranks; 0 is best). Nothing is
-    appended: a response that was cut off before its EOS stays cut off. Raises ValueError for rows
-    longer than `length` or if no usable row is left.
+    prompt: Sequence[int] | np.ndarray  # without padding
+    responses: Sequence[Sequence[int] | np.ndarray]  # each ends with its EOS, unless cut off
+    ranks: Sequence[int]  # 0 is best
+
+
+def sampled_comparisons(samples: Sequence[Sampled], tokenizer: Tokenizer, length: int) -> Examples:
+    """Comparisons of responses that are token ids already: a policy's own samples.
+
+    `length` is T, prompt and response together. Nothing is appended: a response that was cut off
+    before its EOS stays cut off. Raises ValueError for a sample without a prompt or longer than
+    `length`, or if no usable sample is left.
     """
-    kept, dropped = [], {}
-    for number, (ids, ranks) in enumerate(samples, 1):
-        longest = max(len(x) for x in ids)
+    rows, sources, dropped = [], [], {}
+    for number, (prompt, responses, ranks) in enumerate(samples, 1):
+        longest = len(prompt) + max(len(response) for response in responses)
         if longest > length:
             raise ValueError(f"sample {number} has {longest} tokens, more than length={length}")
-        if len({tuple(x.tolist()) for x in ids}) == 1:
+        if not len(prompt):
+            raise ValueError(f"sample {number} has a prompt of no tokens; {_NO_TOKENS}")
+        if len({tuple(map(int, response)) for response in responses}) == 1:
             dropped[SAME_RESPONSES] = dropped.get(SAME_RESPONSES, 0) + 1
         elif len(set(ranks)) == 1:
             dropped[NO_PAIR] = dropped.get(NO_PAIR, 0) + 1
         else:
-            kept.append((list(ids), tuple(ranks), 0.0, None))
+            documents = [
+                _document_of_ids(np.concatenate([prompt, response]), len(prompt))
+                for response in responses
+            ]
+            rows.append(records.ComparisonRow(tuple(documents), tuple(ranks)))
+            texts = map(tokenizer.decode, responses)
+            sources.append(Example(tokenizer.decode(prompt), tuple(texts), tuple(ranks)))
     counts = Counts(len(samples), dropped, dict.fromkeys(dropped, "a sample"))
-    if not kept:
+    if not rows:
         raise ValueError(f"no usable row is left ({describe(counts)}); draw more samples")
-    collate = _collate_responses(kept, length, tokenizer)
-    return Examples(kept, ["a sample"] * len(kept), counts, collate)
+    shape = records.comparison_shape(rows, length, tokenizer.pad_id)
+    where = ["a sample"] * len(rows)
+    return Examples(rows, sources, where, counts, shape, records.collate_comparisons)
 
 
 def prompts(
-    rows: Iterable[_ROW],
+    rows: _Rows,
     tokenizer: Tokenizer,
     max_prompt: int,
     *,
-    format: formats.Format = None,
+    format: formats.FormatLike = None,
     on_bad_row: OnBadRow = "error",
 ) -> Examples:
     """Tokenises the prompts of rows: BOS, prompt, or messages up to where the assistant answers.
 
-    What else a {prompt} row holds is left alone. Raises ValueError for a faulty row (or drops and
-    counts it) or if no usable row is left.
+    The other fields of a row are not tokenised, but a reward function can read them: `sources` has
+    the responses, references and other fields of each row. Rows are duplicates if their prompts are
+    equal. Raises ValueError for a faulty row (or drops and counts it) or if no usable row is left.
     """
     _check_limits(max_prompt=max_prompt)
 
-    def tokenize(example: Example) -> tuple | str:
+    def tokenize(example: Example) -> records.PromptRow | str:
         if isinstance(example.prompt, str):
             ids = tokenizer.encode_prompt(example.prompt)
         else:
             ids = chat.prompt(tokenizer, example.prompt)
-        return LONG_PROMPT if len(ids) > max_prompt else (_ids(ids),)
+        _check_prompt(len(ids))
+        return LONG_PROMPT if len(ids) > max_prompt else records.PromptRow(_int32(ids))
 
-    collate = functools.partial(records.collate_prompts, length=max_prompt, pad_id=tokenizer.pad_id)
-    reader = _Reader(formats.prompt, format, on_bad_row, max_prompt)
-    return _examples(rows, tokenizer, reader, tokenize, lambda _: collate)
+    def used(example: Example) -> Example:
+        return Example(example.prompt, language=example.language)
+
+    reading = _Reading(formats.prompt, used, format, on_bad_row, max_prompt)
+    kept = _tokenised(rows, tokenizer, reading, tokenize)
+    return Examples(*kept, Shape(max_prompt, tokenizer.pad_id), records.collate_prompts)
 
 
-def show(example: Demonstrations | Comparisons | Prompts, tokenizer: Tokenizer) -> str:
-    """One example (no batch axis) as text, the part that is trained on between ⟦ and ⟧.
+def show(row: Demonstrations | Comparisons | Prompts, tokenizer: Tokenizer) -> str:
+    """One row (`examples[i]`) as text, with what SFT trains on between ⟦ and ⟧.
 
-    EOS is written out, padding is not. A comparison is one line for each response, best first.
+    EOS is written out, padding is not. A comparison takes one line per response, best first.
     """
-    match example:
+    match row:
         case Demonstrations(tokens, attend, mask):
             return _marked(tokens[attend > 0], mask[attend > 0], tokenizer)
         case Prompts(tokens, attend, _):
             return _marked(tokens[attend > 0], np.zeros(np.sum(attend > 0)), tokenizer)
-        case Comparisons(tokens, attend, ranks, mask, margin, _):
+        case Comparisons(tokens, attend, _, ranks, present, margin, _):
             lines = [f"margin {float(margin):g}"] if margin else []
-            for k in np.argsort(np.where(mask > 0, ranks, np.iinfo(np.int32).max), kind="stable"):
-                if mask[k] > 0:
+            last = np.iinfo(np.int32).max
+            for k in np.argsort(np.where(present > 0, ranks, last), kind="stable"):
+                if present[k] > 0:
                     ids = tokens[k][attend[k] > 0]
                     lines.append(f"rank {ranks[k]}: {_marked(ids, np.zeros(len(ids)), tokenizer)}")
             return "\n".join(lines)
 
 
 def _marked(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> str:
-    # As the first token an EOS id is a BOS (they can be the same).
+    # At the first position an EOS id is the BOS: some tokenizers use one id for both.
     ends = [i for i in range(1, len(ids)) if int(ids[i]) in tokenizer.eos_ids]
-    turns = (np.flatnonzero(np.diff(mask)) + 1).tolist()
-    edges = sorted({0, len(ids), *turns, *ends, *(i + 1 for i in ends)})
+    changes = (np.flatnonzero(np.diff(mask)) + 1).tolist()
+    edges = sorted({0, len(ids), *changes, *ends, *(i + 1 for i in ends)})
     parts, before, inside = [], "", False
     for start, stop in zip(edges, edges[1:]):
         if (mask[start] > 0) != inside:
@@ -209,131 +243,162 @@ def _marked(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> str:
     return "".join(parts) + "⟧" * inside
 
 
+_NO_TOKENS = (
+    "a response follows one token or more: give the prompt some text, or use a tokenizer that "
+    "starts prompts with a BOS"
+)
+
+
 def _check_limits(**limits: int) -> None:
     for name, limit in limits.items():
         if limit < 1:
             raise ValueError(f"{name}={limit} must be 1 or more tokens")
 
 
-def _ids(ids: Sequence[int]) -> np.ndarray:
+def _check_prompt(size: int) -> None:
+    if not size:
+        schema.fail("the prompt has no tokens", _NO_TOKENS)
+
+
+def _int32(ids: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.asarray(ids, np.int32)
+
+
+def _document_of_ids(ids: Sequence[int] | np.ndarray, start: int) -> Document:
+    """A document that is trained from position `start` on."""
+    return Document(_int32(ids), np.arange(len(ids)) >= start)
 
 
 def _document(
     tokenizer: Tokenizer, prompt: str | tuple, answer: str, turns: chat.Turns = "last"
-) -> tuple[list[int], list[bool]]:
-    """Ids of prompt, answer and EOS, and which of them are trained."""
+) -> Document:
+    """The tokens of prompt, answer and EOS. Without a prompt the loss is on all but the first."""
     if not isinstance(prompt, str):
         said = schema.Message("assistant", answer)
-        return chat.conversation(tokenizer, [*prompt, said], turns)
+        ids, trained = chat.conversation(tokenizer, [*prompt, said], turns)
+        document = Document(_int32(ids), np.asarray(trained))
+        _check_prompt(int(np.argmax(document.trained)))
+        return document
     ids = tokenizer.encode_prompt(prompt)
     start = len(ids) if prompt else 1
+    _check_prompt(start)
     ids = ids + tokenizer.encode_continuation(prompt, answer) + [tokenizer.eos_ids[0]]
-    return ids, [i >= start for i in range(len(ids))]
+    return _document_of_ids(ids, start)
 
 
-def _long(start: int, end: int, max_prompt: int, max_response: int) -> str | None:
+def _over_limit(document: Document, max_prompt: int, max_response: int) -> str | None:
+    start = int(np.argmax(document.trained))
     if start > max_prompt:
         return LONG_PROMPT
-    return LONG_RESPONSE if end - start > max_response else None
+    return LONG_RESPONSE if len(document.ids) - start > max_response else None
+
+
+class _Reading(NamedTuple):
+    """How the rows of a file become examples."""
+
+    parse: Callable[[Any, formats.FormatLike], Example]
+    used: Callable[
+        [Example], Example
+    ]  # the part that is tokenised; rows equal in it are duplicates
+    format: formats.FormatLike
+    on_bad_row: OnBadRow
+    room: int  # tokens that the longest document may have
+
+
+def _always_usable(example: Example, documents: Sequence[Document]) -> None:
+    del example, documents
+
+
+def _without_extra(example: Example) -> Example:
+    return example._replace(extra={})
 
 
 def _responses(
-    rows: Iterable[_ROW],
+    rows: _Rows,
     tokenizer: Tokenizer,
     max_prompt: int,
     max_response: int,
-    reader: _Reader,
-    use: Callable[[Example, list[tuple]], str | None],
+    reading: _Reading,
+    unusable: Callable[[Example, Sequence[Document]], str | None],
 ) -> Examples:
-    """Rows of K responses; `use` says why one of them is not to be used."""
+    """Tokenises rows of K responses; `unusable` says why a row is dropped, or None."""
     _check_limits(max_prompt=max_prompt, max_response=max_response)
 
-    def tokenize(example: Example) -> tuple | str:
+    def tokenize(example: Example) -> records.ComparisonRow | str:
         documents = [_document(tokenizer, example.prompt, x) for x in example.responses]
-        found = use(example, [tuple(ids) for ids, _ in documents])
-        for ids, trained in documents:
-            found = found or _long(trained.index(True), len(ids), max_prompt, max_response)
+        reason = unusable(example, documents)
+        for document in documents:
+            reason = reason or _over_limit(document, max_prompt, max_response)
         ranks = example.ranks or (0,) * len(documents)
-        kept = [_ids(ids) for ids, _ in documents]
-        return found or (kept, ranks, example.margin, example.scores or None)
+        return reason or records.ComparisonRow(
+            tuple(documents), ranks, example.margin, example.scores or None
+        )
 
-    def collate(kept: list[tuple]) -> Callable:
-        return _collate_responses(kept, max_prompt + max_response, tokenizer)
-
-    return _examples(rows, tokenizer, reader, tokenize, collate)
-
-
-def _collate_responses(kept: list[tuple], length: int, tokenizer: Tokenizer) -> Callable:
-    return functools.partial(
-        records.collate_comparisons,
-        responses=max(len(ids) for ids, *_ in kept),
-        length=length,
-        pad_id=tokenizer.pad_id,
-        scored=len({scores is None for *_, scores in kept}) == 1,
-    )
+    kept = _tokenised(rows, tokenizer, reading, tokenize)
+    shape = records.comparison_shape(kept.rows, max_prompt + max_response, tokenizer.pad_id)
+    return Examples(*kept, shape, records.collate_comparisons)
 
 
-class _Reader(NamedTuple):
-    """How rows become examples. room: the tokens that the longest document may have."""
+class _Kept(NamedTuple):
+    """What is left of the rows of a file: the first fields of `Examples`."""
 
-    parse: Callable[[Any, str, formats.Format], Example]
-    format: formats.Format
-    on_bad_row: OnBadRow
-    room: int
+    rows: list[records.TokenRow]
+    sources: list[Example]
+    where: list[str]
+    counts: Counts
 
 
-def _examples(
-    rows: Iterable[_ROW],
+def _tokenised(
+    rows: _Rows,
     tokenizer: Tokenizer,
-    reader: _Reader,
-    tokenize: Callable[[Example], tuple | str],
-    collate: Callable[[list[tuple]], Callable],
-) -> Examples:
-    """Parses, checks and tokenises every row; `tokenize` gives token rows or why it drops one."""
-    if reader.on_bad_row not in ("error", "drop"):
-        raise ValueError(f"on_bad_row={reader.on_bad_row!r} must be 'error' or 'drop'")
-    # More text than this cannot fit whatever its tokens are: megabytes are not tokenised in vain.
-    most = 4 * reader.room * max(map(len, tokenizer.backend.get_vocab()))
-    kept, wheres, seen = [], [], set()
+    reading: _Reading,
+    tokenize: Callable[[Example], records.TokenRow | str],
+) -> _Kept:
+    """Reads, checks and tokenises every row; `tokenize` gives its tokens or why it is dropped."""
+    if reading.on_bad_row not in ("error", "drop"):
+        raise ValueError(f"on_bad_row={reading.on_bad_row!r} must be 'error' or 'drop'")
+    # A text of more characters cannot fit, whatever its tokens, so it is not tokenised at all.
+    max_characters = 4 * reading.room * max(map(len, tokenizer.backend.get_vocab()))
+    kept_rows, sources, wheres, seen = [], [], [], set()
     dropped: dict[str, int] = {}
     first: dict[str, str] = {}
     total = 0
-    for total, item in enumerate(rows, 1):
-        row, where = item if isinstance(item, tuple) else (item, f"row {total}")
+    for row, where in formats.numbered(rows):
+        total += 1
         note = where
         try:
-            example = reader.parse(row, where, reader.format)
-            # A digest: the texts themselves need not stay in memory.
-            digest = hashlib.blake2b(repr(example).encode(), digest_size=16).digest()
-            outcome = DUPLICATE if digest in seen else _oversized(example, most)
-            outcome = outcome or tokenize(example)
-            seen.add(digest)
+            with schema.at(where):
+                example = reading.parse(row, reading.format)
+                used = reading.used(example)
+                digest = hashlib.blake2b(repr(used).encode(), digest_size=16).digest()
+                outcome = DUPLICATE if digest in seen else _oversized(used, max_characters)
+                outcome = outcome or tokenize(used)
+                seen.add(digest)
         except schema.BadRow as error:
-            note = str(error) if str(error).startswith(where) else f"{where}: {error}"
-            if reader.on_bad_row == "error":
-                raise ValueError(note) from None
-            outcome = FAULTY
+            if reading.on_bad_row == "error":
+                raise ValueError(str(error)) from None
+            note, outcome = str(error), FAULTY
         if isinstance(outcome, str):
             dropped[outcome] = dropped.get(outcome, 0) + 1
             first.setdefault(outcome, note)
         else:
-            kept.append(outcome)
+            kept_rows.append(outcome)
+            sources.append(example)
             wheres.append(where)
     counts = Counts(total, dropped, first)
-    if not kept:
+    if not kept_rows:
         raise ValueError(
             f"no usable row is left ({describe(counts)}); raise the limits or check the dataset"
         )
-    return Examples(kept, wheres, counts, collate(kept))
+    return _Kept(kept_rows, sources, wheres, counts)
 
 
-def _oversized(example: Example, most: int) -> str | None:
+def _oversized(example: Example, max_characters: int) -> str | None:
     prompt = example.prompt
     if not isinstance(prompt, str):
         prompt = "".join(turn.content for turn in prompt)
-    if len(prompt) > most:
+    if len(prompt) > max_characters:
         return LONG_PROMPT
-    if max(map(len, example.responses), default=0) > most:
+    if max(map(len, example.responses), default=0) > max_characters:
         return LONG_RESPONSE if prompt else LONG_TEXT
     return None

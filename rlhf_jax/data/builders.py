@@ -1,8 +1,8 @@
-"""Files to TFDS datasets, and any prepared TFDS dataset to rows.
+"""Opens files and prepared TFDS datasets, and gives their rows.
 
-A local file becomes a TFDS dataset in array_record files, once for each content: row order is the
-file's (TFDS's own shuffling is off) and every row keeps its file and line. TensorFlow is never
-imported.
+A local file is written once as a TFDS dataset of array_record files, and again only when its
+content changes. The rows keep the order of the file, because TFDS's own shuffling is switched off,
+and each keeps its file and line. TensorFlow is never imported.
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from rlhf_jax.data.schema import BadRow, at
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _NAME = "local_rows"
-_LAYOUT = "2"  # part of the cache key: raise it when what is stored for a row changes
+_CACHE_VERSION = "3"  # part of the cache key: raise it when what is stored for a row changes
 _CHUNK = 256
-_REPEATED = "\0repeated"  # marks an object of a file that has a field twice
+_REPEATED = "\0repeated"  # a field that marks an object in which some field is given twice
 
 
 class Rows(Sequence):
-    """Rows of a dataset by position: `rows[i] -> (row, where)`, with `where` for error messages.
+    """The rows of a dataset by position: `rows[i]` is (row, where it stands, for error messages).
 
-    Under `on_bad_row="drop"` the fault of a line that cannot be read is there in place of its row.
+    Under `on_bad_row="drop"`, a line that cannot be read gives its error text in place of a row.
     """
 
     def __init__(self, source: Any, name: str, features: Any):
         self._source = source
         self._name = name
         self._features = features
-        self._packed = set(features) == {"row", "file", "line"}
+        self._is_local_file = set(features) == {"row", "file", "line"}
 
     def __len__(self) -> int:
         return len(self._source)
@@ -49,24 +51,25 @@ class Rows(Sequence):
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"{self._name}: row {index} of {len(self)}")
-        return self._unpack(position, self._source[position])
+        return self._read(position, self._source[position])
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any] | str, str]]:
-        # Reading many records in one call is ten times faster than one by one.
+        # Reading many records in one call is ten times faster than reading them one by one.
         for start in range(0, len(self), _CHUNK):
             positions = range(start, min(start + _CHUNK, len(self)))
             for position, record in zip(positions, self._source.__getitems__(list(positions))):
-                yield self._unpack(position, record)
+                yield self._read(position, record)
 
-    def _unpack(self, position: int, record: dict[str, Any]) -> tuple[dict[str, Any] | str, str]:
-        if self._packed:
+    def _read(self, position: int, record: dict[str, Any]) -> tuple[dict[str, Any] | str, str]:
+        if self._is_local_file:
             where = _where(record["file"].decode(), int(record["line"]))
             return json.loads(record["row"]), where
         where = f"{self._name} row {position + 1}"
-        row = {
-            field: _plain(value, self._features[field], field, where)
-            for field, value in record.items()
-        }
+        with at(where):
+            row = {
+                field: _plain(value, self._features[field], field)
+                for field, value in record.items()
+            }
         return row, where
 
 
@@ -78,19 +81,21 @@ def load(
 ) -> Rows:
     """Opens a dataset: a .jsonl or .json file (or .gz), a prepared TFDS folder, or a TFDS name.
 
-    A file is a dataset with the one split "train", stored under `cache` (default: the variable
-    RLHF_JAX_CACHE, else ~/.cache/rlhf_jax). For a TFDS name ("c4/en", "huggingface:org__name")
-    `cache` is TFDS's data folder, where the dataset must be prepared already: nothing is
-    downloaded. `split` is anything TFDS understands, "train[:90%]" included.
+    A file is a dataset whose only split is "train". It is stored under `cache`, by default the
+    folder that the variable RLHF_JAX_CACHE names, or else ~/.cache/rlhf_jax. For a TFDS name
+    ("c4/en", "huggingface:org__name") `cache` is TFDS's data folder. The dataset must be prepared
+    there already, because nothing is downloaded. `split` is anything that TFDS understands, such as
+    "train[:90%]".
 
     Raises ValueError, on one line, for a source that is missing, unreadable or of another kind, and
-    for a damaged file with the line it is damaged at. With `on_bad_row="drop"` lines of a .jsonl
-    that hold no row are kept as faults, which `batches` drop and count under the same setting; what
-    is lost without a count (a damaged .gz, a .json that does not parse) stays an error.
+    for a damaged file with the line at which it is damaged. With `on_bad_row="drop"`, a line of
+    a .jsonl file that cannot be read gives its error text, which the functions of `batches` drop
+    and count under the same setting. Damage after which the lost rows cannot be counted (a cut-off
+    .gz, a .json file that does not parse) is always an error.
     """
     path = pathlib.Path(source).expanduser()
     if path.is_file():
-        builder = _open(_stored(path, cache, on_bad_row))
+        builder = _open(_cached_folder(path, cache, on_bad_row))
     elif path.is_dir():
         builder = _open(path)
     elif str(source).startswith((".", "~", os.sep)) or path.suffix in (".gz", ".json", ".jsonl"):
@@ -124,8 +129,10 @@ def _where(file: str, number: int) -> str:
     return f"{file}:{number}" if is_lines else f"{file} row {number}"
 
 
-def _stored(path: pathlib.Path, cache: str | os.PathLike | None, on_bad_row: str) -> pathlib.Path:
-    """The TFDS folder of a local file, written now unless the same content was before."""
+def _cached_folder(
+    path: pathlib.Path, cache: str | os.PathLike | None, on_bad_row: str
+) -> pathlib.Path:
+    """The TFDS folder of a local file; it is written unless the same content is there already."""
     if not path.name.lower().endswith(SUFFIXES):
         raise ValueError(f"{path}: unknown kind of file; {', '.join(SUFFIXES)} are read")
     key = _content_hash(path, on_bad_row)
@@ -145,7 +152,8 @@ def _stored(path: pathlib.Path, cache: str | os.PathLike | None, on_bad_row: str
     try:
         written = _write(path, work, on_bad_row)
         try:
-            # Whoever renames first wins; the content is the same, so the others use theirs.
+            # Of several processes the first to rename wins. The content is the same, so the others
+            # use the winner's folder.
             written.rename(target)
         except OSError:
             if not target.is_dir():
@@ -156,8 +164,8 @@ def _stored(path: pathlib.Path, cache: str | os.PathLike | None, on_bad_row: str
 
 
 def _content_hash(path: pathlib.Path, on_bad_row: str) -> str:
-    # The name counts too: it is stored with every row.
-    digest = hashlib.sha256(f"{_LAYOUT}\n{on_bad_row}\n{path.name}\n".encode())
+    # The name is a part of the key because it is stored with every row.
+    digest = hashlib.sha256(f"{_CACHE_VERSION}\n{on_bad_row}\n{path.name}\n".encode())
     try:
         with path.open("rb") as file:
             while block := file.read(2**20):
@@ -170,7 +178,7 @@ def _content_hash(path: pathlib.Path, on_bad_row: str) -> str:
 def _write(path: pathlib.Path, work: pathlib.Path, on_bad_row: str) -> pathlib.Path:
     """Writes the file's rows as a TFDS dataset somewhere below `work`; returns its folder."""
     lines = _rows_of(path, on_bad_row)
-    # TFDS reports an empty dataset by an assertion without a name: look at one row first.
+    # TFDS reports an empty dataset by an assertion that names no file, so look at one row first.
     first = next(lines, None)
     if first is None:
         raise ValueError(f"{path.name}: no row in this file; it takes one object or more")
@@ -208,7 +216,7 @@ def _write(path: pathlib.Path, work: pathlib.Path, on_bad_row: str) -> pathlib.P
                 yield i, {"row": json.dumps(row), "file": path.name, "line": number}
 
     builder = LocalRows(data_dir=work, file_format="array_record")
-    # Progress bars and banners about a download that does not happen.
+    # TFDS prints progress bars and banners about a download, which does not happen here.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         builder.download_and_prepare()
     return pathlib.Path(builder.data_dir)
@@ -220,7 +228,7 @@ def _rows_of(path: pathlib.Path, on_bad_row: str) -> Iterator[_Line]:
 
 
 def _raw_lines(path: pathlib.Path) -> Iterator[bytes]:
-    """Lines of a plain or gzip file, split at line feeds only: JSON may hold U+2028 as it is."""
+    """Lines of a plain or gzip file, split only at line feeds: JSON may contain U+2028."""
     opened = gzip.open if path.name.lower().endswith(".gz") else open
     done = 0
     try:
@@ -236,47 +244,47 @@ def _raw_lines(path: pathlib.Path) -> Iterator[bytes]:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the file") from None
 
 
-def _decoded(line: bytes, where: str) -> str:
+def _decoded(line: bytes) -> str:
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: not valid UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
+        raise BadRow(
+            f"not valid UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
         ) from None
 
 
 def _json_lines(path: pathlib.Path, on_bad_row: str) -> Iterator[_Line]:
     for number, line in enumerate(_raw_lines(path), 1):
         try:
-            row = _row(line, f"{path.name}:{number}")
-        except ValueError as error:
+            row = _row(line)
+        except BadRow as error:
             if on_bad_row == "error":
-                raise
+                raise BadRow(f"{path.name}:{number}: {error}") from None
             row = str(error)
         if row is not None:
             yield _Line(row, number)
 
 
-def _row(line: bytes, where: str) -> dict[str, Any] | None:
-    text = _decoded(line, where)
+def _row(line: bytes) -> dict[str, Any] | None:
+    text = _decoded(line)
     if not text.strip():
-        return None  # a blank line holds no row, so that nothing is lost
+        return None  # a blank line holds no row, so nothing is lost
     try:
         row, repeated = _parsed(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: malformed JSON ({error.msg}, column {error.colno}); "
+        raise BadRow(
+            f"malformed JSON ({error.msg}, column {error.colno}); "
             "a .jsonl file has one complete object a line"
         ) from None
-    except (ValueError, RecursionError) as error:  # a giant number, a thousand brackets
-        raise ValueError(f"{where}: unusable JSON ({error}); correct the line") from None
+    except (ValueError, RecursionError) as error:  # too long a number, or brackets nested too deep
+        raise BadRow(f"unusable JSON ({error}); correct the line") from None
     if repeated:
-        raise ValueError(f"{where}: the field {repeated[0]!r} is given twice; remove one")
-    return _object(row, where)
+        raise BadRow(f"the field {repeated[0]!r} is given twice; remove one")
+    return _object(row)
 
 
 def _parsed(text: str) -> tuple[Any, list[str]]:
-    """The value of a JSON text, and fields that an object in it has twice."""
+    """The value of a JSON text, and the fields that any object in it has twice."""
     repeated: list[str] = []
     return json.loads(text, object_pairs_hook=functools.partial(_fields, repeated)), repeated
 
@@ -291,9 +299,10 @@ def _fields(repeated: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]
 
 
 def _json_array(path: pathlib.Path) -> Iterator[_Line]:
-    lines = [
-        _decoded(line, f"{path.name}:{number}") for number, line in enumerate(_raw_lines(path), 1)
-    ]
+    lines = []
+    for number, line in enumerate(_raw_lines(path), 1):
+        with at(f"{path.name}:{number}"):
+            lines.append(_decoded(line))
     try:
         rows, repeated = _parsed("".join(lines))
     except json.JSONDecodeError as error:
@@ -310,16 +319,17 @@ def _json_array(path: pathlib.Path) -> Iterator[_Line]:
             "objects"
         )
     for number, row in enumerate(rows, 1):
-        if repeated and repr(_REPEATED) in repr(row):
-            where = _where(path.name, number)
-            raise ValueError(f"{where}: the field {repeated[0]!r} is given twice; remove one")
-        yield _Line(_object(row, _where(path.name, number)), number)
+        with at(_where(path.name, number)):
+            if repeated and repr(_REPEATED) in repr(row):
+                raise BadRow(f"the field {repeated[0]!r} is given twice; remove one")
+            row = _object(row)
+        yield _Line(row, number)
 
 
-def _object(row: Any, where: str) -> dict[str, Any]:
+def _object(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ValueError(
-            f"{where}: the row is {_kind(row)}; it must be an object of named fields, "
+        raise BadRow(
+            f"the row is {_kind(row)}; it must be an object of named fields, "
             'such as {"prompt": ..., "completion": ...}'
         )
     return row
@@ -354,7 +364,7 @@ def _open(folder: pathlib.Path) -> Any:
 def _registered(name: str, data_dir: str | os.PathLike | None) -> Any:
     import tensorflow_datasets as tfds
 
-    # Under its own name TFDS asks the hub even for what is prepared.
+    # Given the full name, TFDS asks the hub even for a dataset that is prepared.
     prepared = name.removeprefix("huggingface:").lower()
     try:
         builder = tfds.builder(prepared, data_dir=data_dir, try_gcs=False)
@@ -374,36 +384,34 @@ def _registered(name: str, data_dir: str | os.PathLike | None) -> Any:
     )
 
 
-def _plain(value: Any, feature: Any, field: str, where: str) -> Any:
-    """What TFDS reads as Python values: bytes to text, arrays to lists, scalars to numbers.
+def _plain(value: Any, feature: Any, field: str) -> Any:
+    """A value that TFDS has read, as plain Python: bytes to text, arrays to lists, and so on.
 
-    `feature` is TFDS's description of the value. A list of objects (messages) comes as one object
-    of lists, or as a data source of its own, and is made a list again.
+    `feature` is TFDS's description of the value. TFDS gives a list of objects (messages) as one
+    object of lists, or as a data source of its own; both become a list of objects again.
     """
     inner = getattr(feature, "feature", None)
     if isinstance(value, bytes):
         try:
             return value.decode()
         except UnicodeDecodeError:
-            raise ValueError(
-                f"{where}: {field!r} is not valid UTF-8; prepare the dataset with text in it"
+            raise BadRow(
+                f"{field!r} is not valid UTF-8; prepare the dataset with text in it"
             ) from None
     if isinstance(value, dict) and inner is not None:
         value = [dict(zip(value, items)) for items in zip(*value.values())]
     if isinstance(value, dict):
-        return {
-            name: _plain(x, feature[name], f"{field}.{name}", where) for name, x in value.items()
-        }
+        return {name: _plain(x, feature[name], f"{field}.{name}") for name, x in value.items()}
     if isinstance(value, np.ndarray | np.generic) and inner is None:
         value = value.tolist()
         if isinstance(value, bytes):
-            return _plain(value, feature, field, where)
+            return _plain(value, feature, field)
     if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
-        return [_plain(x, inner or feature, field, where) for x in value]
+        return [_plain(x, inner or feature, field) for x in value]
     return value
 
 
 def _first_line(error: Exception) -> str:
-    # str() of a KeyError is the repr of its text, quotes included.
+    # The str() of a KeyError is the repr of its text, with quotes.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return (text.splitlines() or [type(error).__name__])[0]

@@ -1,8 +1,8 @@
-"""Conversations to ids: the one renderer of chat templates, for training and for sampling.
+"""Conversations to token ids: the one place that renders chat templates.
 
-A template is rendered as transformers does it (jinja's sandbox, the same settings, filters and
-names), and the ids are those of the rendered text with its special tokens. What is trained is found
-by the offsets of the tokens in that text.
+A template is rendered as transformers does it (jinja's sandbox, with the same settings, filters and
+names), and the ids are those of the rendered text with its special tokens. Which tokens are
+trained on follows from the positions of the answers in that text and the tokens' offsets in it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ from rlhf_jax.data.tokenizers import Tokenizer
 
 Turns = Literal["last", "all"]
 
+# Put in place of an answer to find where the template writes it. Plain letters and digits, so that
+# no template has a reason to change it.
+_MARK = "answer7f3a9c1e5b8d2046"
+
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = False) -> str:
-    """The text of `messages` under the tokenizer's template; `ask` opens the assistant's turn.
+    """The text of `messages` under the tokenizer's template.
 
-    Raises ValueError without a template, BadRow for messages that the template refuses.
+    With `ask` the text ends with the generation prompt, which opens the assistant's turn. Raises
+    ValueError without a template, BadRow for messages that the template refuses.
     """
     template = tokenizer.chat_template
     if template is None:
@@ -49,7 +54,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = Fal
 
 
 def prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids of a conversation up to where the assistant is to answer: what the sampler is fed."""
+    """Ids of a conversation and the generation prompt: what the sampler is fed."""
     return tokenizer.encode(render(tokenizer, messages, ask=True))
 
 
@@ -58,45 +63,47 @@ def conversation(
 ) -> tuple[list[int], list[bool]]:
     """Ids of a conversation that ends with an answer, and which of them the assistant said.
 
-    An answer ends with its first EOS; where the template writes none, one is appended to the last
-    answer. Ids after the last answer's EOS are cut, for the sampler stops there. `turns="all"`
-    takes in every answer, which asks for a template that ends each with an EOS and does not write
-    earlier turns in another way. A token across a boundary counts as the assistant's.
+    The text starts with what the sampler is fed, and the answer follows it. An answer ends with its
+    first EOS; where the template writes none, one is appended to the last answer. Ids after the
+    last answer's EOS are cut, because the sampler stops there. `turns="all"` trains on every
+    answer: the template must then end each with an EOS, and write earlier turns like the last one.
+    A token that holds the end of the prompt and the start of an answer belongs to the answer.
 
-    Raises BadRow for an answer of which nothing is left, ValueError for a template that cannot.
+    Raises BadRow for an answer that the template leaves empty, or that cannot be found in the text;
+    ValueError for a template that does not write answers unchanged, or is unfit for `turns="all"`.
     """
     text, start = _last_answer(tokenizer, messages)
     spans = [(start, len(text))]
     if turns == "all":
         answers = [i for i, turn in enumerate(messages[:-1]) if turn.role == "assistant"]
-        spans = [_answer(tokenizer, messages, i, text) for i in answers] + spans
+        spans = [_earlier_answer(tokenizer, messages, i, text) for i in answers] + spans
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
     ids = list(encoding.ids)
     said = [False] * len(ids)
     for span in spans:
         last = span is spans[-1]
         inside = [i for i, offsets in enumerate(encoding.offsets) if _within(offsets, span)]
-        ends = next((i for i in inside if ids[i] in tokenizer.eos_ids), None)
-        kept = [i for i in inside if ends is None or i <= ends]
+        eos = next((i for i in inside if ids[i] in tokenizer.eos_ids), None)
+        kept = [i for i in inside if eos is None or i <= eos]
         answer = [ids[i] for i in kept if ids[i] not in tokenizer.eos_ids]
         if not tokenizer.decode(answer).strip():
             raise BadRow("an answer is empty after templating; fill it in or remove the row")
-        if ends is None and not last:
+        if eos is None and not last:
             raise ValueError(
                 "the chat template does not end every answer with an EOS, so that nothing would "
                 "teach the model to stop there; use turns='last' or another template"
             )
         for i in kept:
             said[i] = True
-        if last and ends is None:
+        if last and eos is None:
             ids, said = ids + [tokenizer.eos_ids[0]], said + [True]
         elif last:
-            ids, said = ids[: ends + 1], said[: ends + 1]
+            ids, said = ids[: eos + 1], said[: eos + 1]
     return ids, said
 
 
 def _within(offsets: tuple[int, int], span: tuple[int, int]) -> bool:
-    """Whether a token has a character in the span. White space can have offsets of no width."""
+    """Whether a token has a character in the span; a token of white space can have width 0."""
     first, end = offsets
     if first == end:
         return span[0] < end <= span[1]
@@ -104,29 +111,52 @@ def _within(offsets: tuple[int, int], span: tuple[int, int]) -> bool:
 
 
 def _last_answer(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[str, int]:
-    """The text of a conversation and where its last answer starts.
+    """The text of a conversation and the position in it at which its last answer starts.
 
-    The text goes on from what the sampler is fed, also under a template that writes a finished
-    turn in another way than it opens one (such as without the thoughts it asks for).
+    Some templates open the assistant's turn differently from a finished one: for example, they ask
+    for thoughts, which a finished turn lacks. The answer, and all that the template writes after
+    it, is then appended to the text that the sampler is fed.
     """
-    asked, whole = (
-        render(tokenizer, messages[:-1], ask=True),
-        render(tokenizer, messages),
-    )
+    asked = render(tokenizer, messages[:-1], ask=True)
+    whole = render(tokenizer, messages)
     if not whole.startswith(asked):
-        content = messages[-1].content.strip()
-        _, found, tail = whole.rpartition(content)
-        if not found:
-            raise BadRow("an answer is empty after templating; fill it in or remove the row")
-        whole = asked + content + tail
-    # White space after the turn is for the next one; without an EOS one is put in its place.
+        whole = asked + whole[_start_of_answer(tokenizer, messages, whole) :]
+    # White space after the turn belongs to the next one. `conversation` appends a missing EOS.
     return whole.rstrip(), len(asked)
 
 
-def _answer(
+def _start_of_answer(tokenizer: Tokenizer, messages: Sequence[Message], whole: str) -> int:
+    """Where the last answer starts in `whole`, the text of `messages`.
+
+    The answer itself cannot be searched for: "c" is also a part of "<|end_of_sentence|>", and a
+    template may trim the answer. So a mark is rendered in its place. The text around the mark must
+    be the text around the answer, and what stands between is the answer as the template writes it.
+    """
+    mark = _MARK
+    while mark in whole:
+        mark += "0"
+    marked = render(tokenizer, [*messages[:-1], messages[-1]._replace(content=mark)])
+    before, found, after = marked.partition(mark)
+    if not found or mark in after:
+        raise ValueError(
+            "the chat template does not write an answer as it is, once, so that what is to be "
+            "trained cannot be found; use another template"
+        )
+    end = len(whole) - len(after)
+    if not (whole.startswith(before) and whole.endswith(after) and len(before) <= end):
+        raise BadRow(
+            "the chat template writes this answer into another text than other answers, so that it "
+            "cannot be found there; change the answer or the template"
+        )
+    if not whole[len(before) : end].strip():
+        raise BadRow("an answer is empty after templating; fill it in or remove the row")
+    return len(before)
+
+
+def _earlier_answer(
     tokenizer: Tokenizer, messages: Sequence[Message], i: int, text: str
 ) -> tuple[int, int]:
-    """Where the answer that is message i stands in the text of the conversation."""
+    """The span of an earlier answer, message i, in the text of the conversation."""
     asked = render(tokenizer, messages[:i], ask=True)
     ended = render(tokenizer, messages[: i + 1])
     if not (ended.startswith(asked) and text.startswith(ended)):
@@ -138,7 +168,7 @@ def _answer(
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} and its end, which mark what the assistant says, are read over."""
+    """Ignores {% generation %} and {% endgeneration %}, which mark what the assistant says."""
 
     tags = {"generation"}
 
@@ -153,7 +183,7 @@ def _compiled(template: str) -> jinja2.Template:
         raise jinja2.TemplateError(message)
 
     def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # Without the HTML escapes of jinja's own.
+        # Unlike jinja's own filter, it leaves <, > and & as they are.
         return json.dumps(
             value,
             ensure_ascii=ensure_ascii,

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.records import Comparisons, Demonstrations, Examples, Prompts
+from rlhf_jax.data.records import Batch, Examples
 
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Batches of `examples`: an endless order of reshuffled epochs, addressed by number.
+    """Batches of `examples`, numbered without end across reshuffled epochs.
 
-    batch_size: rows of the global batch, over all hosts. With shuffle=False every epoch is in the
-    order of the dataset. A batch larger than the dataset holds rows of several epochs. Raises
-    ValueError without examples, or for a batch size or a seed out of range.
+    With shuffle=False every epoch is in the order of the dataset. A batch larger than the dataset
+    holds rows of several epochs. Raises ValueError without examples, or for a batch size or a seed
+    out of range.
     """
 
     examples: Examples
-    batch_size: int
+    batch_size: int  # rows of the global batch, over all hosts
     seed: int = 0
     shuffle: bool = True
 
@@ -38,14 +39,14 @@ class Loader:
             raise ValueError(f"seed={self.seed} must be 0 or more")
 
     def __len__(self) -> int:
-        """Number of batches of one epoch, the last partial one included."""
+        """Number of batches in one epoch, the last partial one included."""
         return -(-len(self.examples) // self.batch_size)
 
-    def batch(self, i: int) -> Demonstrations | Comparisons | Prompts:
+    def batch(self, i: int) -> Batch:
         """Global batch i >= 0, a function of (seed, i)."""
         return self.host_batch(i, host=0, hosts=1)
 
-    def host_batch(self, i: int, host: int, hosts: int) -> Demonstrations | Comparisons | Prompts:
+    def host_batch(self, i: int, host: int, hosts: int) -> Batch:
         """The rows of global batch i that `host` of `hosts` reads: one contiguous slice.
 
         Raises ValueError if the batch does not divide over the hosts.
@@ -56,10 +57,10 @@ class Loader:
 
     def from_position(
         self, i: int, host: int | None = None, hosts: int | None = None
-    ) -> Iterator[Demonstrations | Comparisons | Prompts]:
+    ) -> Iterator[Batch]:
         """Batches i, i + 1, ... without end, prefetched by a background thread.
 
-        `host` of `hosts` reads its slices; this process of jax's processes unless told otherwise.
+        `host` of `hosts` reads its slices; by default this process among jax's processes.
         """
         import grain
 
@@ -69,13 +70,11 @@ class Loader:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         return iter(pipeline[i:].to_iter_dataset(options))
 
-    def epoch_batches(
-        self, host: int | None = None, hosts: int | None = None
-    ) -> list[Demonstrations | Comparisons | Prompts]:
+    def epoch_batches(self, host: int | None = None, hosts: int | None = None) -> list[Batch]:
         """Every example once, in the order of the dataset, in batches of one shape.
 
-        The last batch is filled up with padding rows: attend and mask 0, index -1. `real_rows`
-        counts the others. Slices by host as in `from_position`.
+        The last batch is filled up with padding rows: attend and mask 0, index -1.
+        `records.real_rows` counts the real ones. Hosts read slices as in `from_position`.
         """
         host, hosts = _this_host(host, hosts)
         part = self._slice(host, hosts)
@@ -99,23 +98,38 @@ class Loader:
         count = len(self.examples)
 
         def gather(i: int, rows: np.ndarray):
-            # 64 bits: positions of a long run pass 2^31.
+            # In 64 bits, because the positions of a long run pass 2^31.
             epoch = (i * self.batch_size + np.arange(self.batch_size, dtype=np.int64)) // count
             return self.examples.gather((rows + count * (epoch - epoch[0]))[part])
 
         order = grain.MapDataset.range(count)
         if self.shuffle:
-            # Grain shuffles epoch e by seed + e, so seeds 0 and 1 would share all epochs but one:
-            # spread the seeds first.
+            # Grain shuffles epoch e by seed + e, so that seeds 0 and 1 would share all epochs but
+            # one. Spread the seeds first.
             spread = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
             order = order.shuffle(seed=spread)
         return order.repeat().batch(self.batch_size).map_with_index(gather)
 
 
-def real_rows(batch: Demonstrations | Comparisons | Prompts) -> int:
-    """Number of rows of a batch that are examples, not padding."""
-    attend = np.asarray(batch.attend)
-    return int(np.any(attend.reshape(len(attend), -1) > 0, axis=1).sum())
+def expect(loader: Any, caller: str, *kinds: type) -> None:
+    """Raises ValueError unless `loader` is a Loader whose batches are of one of `kinds`.
+
+    `caller` names the function that takes the loader, for the error: `expect(demonstrations,
+    "sft.run", Demonstrations)`.
+    """
+    names = [kind.__name__ for kind in kinds]
+    wanted = " or ".join(name.lower() for name in names)
+    if not isinstance(loader, Loader):
+        raise ValueError(
+            f"{caller} takes a Loader of {wanted}, got {type(loader).__name__}; "
+            "make one by batches.Loader(examples, batch_size)"
+        )
+    found = loader.examples.kind.__name__
+    if found not in names:
+        builders = " or ".join(f"batches.{name.lower()}(...)" for name in names)
+        raise ValueError(
+            f"{caller} takes {wanted}, but the loader draws {found}; build them with {builders}"
+        )
 
 
 def _this_host(host: int | None, hosts: int | None) -> tuple[int, int]:

@@ -1,50 +1,57 @@
-"""Datasets to datasets: split by prompt, mixed by weight, packed into full rows."""
+"""Datasets made of other datasets: split by prompt, mixed by weight, packed into fuller rows."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import hashlib
 import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from rlhf_jax.data import formats
-from rlhf_jax.data.records import Comparisons, Counts, Demonstrations, Examples
-from rlhf_jax.data.schema import BadRow
+from rlhf_jax.data import formats, records
+from rlhf_jax.data.records import (
+    Comparisons,
+    Counts,
+    DemonstrationRow,
+    Demonstrations,
+    Examples,
+)
+from rlhf_jax.data.schema import BadRow, Row
 
 
 def split(
-    rows: Iterable, held_out: float, *, seed: int = 0, format: formats.Format = None
+    rows: Iterable, held_out: float, *, seed: int = 0, format: formats.FormatLike = None
 ) -> tuple[list, list]:
-    """(rows to train on, rows held out), as `batches` take them; no prompt is on both sides.
+    """(rows to train on, rows held out), as `batches` takes them; no prompt is on both sides.
 
-    About `held_out` of all prompts, 0 to 1, are held out: those whose hash is lowest, whatever file
-    or order they come in, so that several files are split alike. Case, white space and Unicode
-    forms do not make another prompt. A conversation goes where the user's first turn says: with
-    all that it branches into, whatever the system turn. Of plain text all of it counts, so that a
-    dialogue written out in one text is another prompt than the same in messages. A faulty row stays
-    in the first part, where `on_bad_row` meets it.
+    About the share `held_out` of all prompts, between 0 and 1, is held out: those with the lowest
+    hashes, whatever file or order they come in, so that several files are split alike. Prompts that
+    differ only in case, white space or Unicode form are the same prompt. A conversation is assigned
+    by the user's first turn, so that all its continuations are on one side, whatever the system
+    turn. Plain text is assigned by the whole text, so that a dialogue written out as one text can
+    be on another side than the same dialogue as messages. A faulty row stays in the first part,
+    where `on_bad_row` decides about it.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out={held_out} must lie between 0 and 1")
     parts: tuple[list, list] = ([], [])
-    for number, item in enumerate(rows, 1):
-        row, where = item if isinstance(item, tuple) else (item, f"row {number}")
-        prompt = _prompt_text(row, where, format)
+    for row, where in formats.numbered(rows):
+        prompt = _prompt_text(row, format)
         if prompt is None:
             parts[0].append((row, where))
             continue
         text = " ".join(unicodedata.normalize("NFKC", prompt).lower().split())
         digest = hashlib.sha256(f"{seed}\n{text}".encode(errors="replace")).digest()
-        parts[int.from_bytes(digest[:8], "big") < held_out * 2**64].append((row, where))
+        is_held_out = int.from_bytes(digest[:8], "big") < held_out * 2**64
+        parts[is_held_out].append((row, where))
     return parts
 
 
-def _prompt_text(row, where: str, format: formats.Format) -> str | None:
-    """What tells prompts apart; None for a row that holds none, however it is read."""
+def _prompt_text(row: Row | str, format: formats.FormatLike) -> str | None:
+    """The text by which a row is assigned; None for a row of which no prompt can be read."""
     try:
-        example = formats.either(row, where, format)
+        example = formats.either(row, format)
     except BadRow:
         return None
     if isinstance(example.prompt, str):
@@ -52,16 +59,18 @@ def _prompt_text(row, where: str, format: formats.Format) -> str | None:
     return next((turn.content for turn in example.prompt if turn.role == "user"), "")
 
 
-def mix(parts: Sequence[tuple[Examples, float | int]]) -> Examples:
-    """One dataset of several of a kind, each with its weight: its share of the rows of an epoch.
+def mix(parts: Sequence[tuple[Examples, float | int]], *, seed: int = 0) -> Examples:
+    """Mixes datasets of one kind; a weight sets the share of a dataset in the rows of an epoch.
 
-    The epoch is the shortest in which every row comes at least once: the rows of a part that is too
-    small for its weight come again. Raises ValueError for weights or kinds that do not go together.
+    The epoch is the shortest in which every row comes at least once. The rows of a part that is too
+    small for its weight are repeated, each equally often or once more; `seed` draws which ones come
+    once more. Raises ValueError for weights or parts that do not go together.
     """
     if not parts or any(not weight > 0 for _, weight in parts):
         raise ValueError("a mixture has one part or more, each with a weight above 0")
-    kinds = {type(examples[0]).__name__ for examples, _ in parts}
-    lengths = {examples[0].tokens.shape[-1] for examples, _ in parts}
+    first = parts[0][0]
+    kinds = {examples.kind.__name__ for examples, _ in parts}
+    lengths = {examples.shape.length for examples, _ in parts}
     if len(kinds) > 1 or len(lengths) > 1:
         raise ValueError(
             f"parts of {' and '.join(sorted(kinds))} of {sorted(lengths)} tokens do not mix; "
@@ -69,34 +78,42 @@ def mix(parts: Sequence[tuple[Examples, float | int]]) -> Examples:
         )
     total = sum(weight for _, weight in parts)
     epoch = max(len(examples) * total / weight for examples, weight in parts)
-    rows, where, dropped, first = [], [], {}, {}
-    for examples, weight in parts:
+    rows, sources, where = [], [], []
+    dropped: dict[str, int] = {}
+    firsts: dict[str, str] = {}
+    for number, (examples, weight) in enumerate(parts):
         count = max(len(examples), round(epoch * weight / total))
-        rows += [examples.rows[i % len(examples)] for i in range(count)]
-        where += [examples.where[i % len(examples)] for i in range(count)]
+        for i in _repeated(len(examples), count, (seed, number)):
+            rows.append(examples.rows[i])
+            sources.append(examples.sources[i])
+            where.append(examples.where[i])
         for reason, many in examples.counts.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + many
-            first.setdefault(reason, examples.counts.first[reason])
-    counts = Counts(len(rows) + sum(dropped.values()), dropped, first)
-    collate = parts[0][0].collate
-    if isinstance(parts[0][0][0], Comparisons):
-        settings = [examples.collate.keywords for examples, _ in parts]
-        given = {row[3] is not None for row in rows}
-        most = max(one["responses"] for one in settings)
-        collate = functools.partial(collate, responses=most, scored=len(given) == 1)
-    return Examples(rows, where, counts, collate)
+            firsts.setdefault(reason, examples.counts.first[reason])
+    counts = Counts(len(rows) + sum(dropped.values()), dropped, firsts)
+    shape = first.shape
+    if first.kind is Comparisons:
+        shape = records.comparison_shape(rows, shape.length, shape.pad_id)
+    return Examples(rows, sources, where, counts, shape, first.collate)
+
+
+def _repeated(size: int, count: int, seed: tuple[int, int]) -> list[int]:
+    """`count` numbers below `size`; how often any two of them occur differs by 1 at most."""
+    whole, more = divmod(count, size)
+    drawn = np.random.default_rng(seed).permutation(size)[:more]
+    return [*range(size)] * whole + sorted(drawn.tolist())
 
 
 def pack(examples: Examples) -> Examples:
-    """Demonstrations with several documents a row, for SFT: the same loss from fewer rows.
+    """Demonstrations with several documents per row, for SFT: the same loss from fewer rows.
 
-    `attend` numbers the documents of a row: none sees another, and positions start again in each.
-    First fit, the longest first. A batch of packed rows holds more tokens than one of plain rows;
-    scores are read off rows of their own, so a reward model is not centred on packed ones.
+    `attend` numbers the documents of a row: none attends to another, and positions start again in
+    each. Documents are placed from the longest to the shortest, each in the first row with room for
+    it. A batch of packed rows holds more tokens than one of plain rows. A reward model reads one
+    score from each row, so do not centre it on packed rows.
     """
-    if not isinstance(examples[0], Demonstrations):
-        raise ValueError(f"{type(examples[0]).__name__} cannot be packed; pack demonstrations")
-    length = len(examples[0].tokens)
+    if examples.kind is not Demonstrations:
+        raise ValueError(f"{examples.kind.__name__} cannot be packed; pack demonstrations")
     sizes = [_size(row) for row in examples.rows]
     packed: list[list[int]] = []
     room: list[int] = []
@@ -107,19 +124,23 @@ def pack(examples: Examples) -> Examples:
         else:
             place = len(packed)
             packed.append([])
-            room.append(length)
+            room.append(examples.shape.length)
         packed[place].append(i)
         room[place] -= sizes[i]
-    rows = [sum((examples.rows[i] for i in row), ()) for row in packed]
+    rows = [
+        DemonstrationRow(tuple(document for i in row for document in examples.rows[i].documents))
+        for row in packed
+    ]
+    sources = [tuple(examples.sources[i] for i in row) for row in packed]
     where = [", ".join(examples.where[i] for i in row) for row in packed]
-    return Examples(rows, where, examples.counts, examples.collate)
+    return dataclasses.replace(examples, rows=rows, sources=sources, where=where)
 
 
 def utilisation(examples: Examples) -> float:
-    """The share of the positions of demonstrations that hold a token, not padding."""
+    """The share of the positions of demonstrations that hold a token rather than padding."""
     used = sum(map(_size, examples.rows))
-    return used / (len(examples) * len(examples[0].tokens))
+    return used / (len(examples) * examples.shape.length)
 
 
-def _size(row: tuple) -> int:
-    return sum(len(ids) for ids, _ in row)
+def _size(row: DemonstrationRow) -> int:
+    return sum(len(document.ids) for document in row.documents)

@@ -1,93 +1,169 @@
-"""Tokenised datasets, the batches that training reads of them, and how rows are laid out in one."""
+"""Tokenised datasets, and the batches of arrays that training reads of them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax.data.schema import Example
+
+
+class Ends(NamedTuple):
+    """How a response ends: any of `eos_ids` stops it, and `pad_id` (no EOS) fills the row after it.
+
+    Comes from the tokenizer: `tokenizer.ends`.
+    """
+
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+
+# Batches.
 
 
 class Demonstrations(NamedTuple):
-    """Completions to imitate, padded on the right. mask: 1 on the completion and its EOS.
-
-    attend: 1, 2, ... counts the documents packed into a row, 0 on padding.
-    """
+    """Completions to imitate, each after its prompt, padded on the right."""
 
     tokens: Int[Array | np.ndarray, "B T"]
-    attend: Int[Array | np.ndarray, "B T"]
-    mask: Float[Array | np.ndarray, "B T"]
+    attend: Int[Array | np.ndarray, "B T"]  # 1, 2, ... numbers the documents of a row; 0 on padding
+    mask: Float[Array | np.ndarray, "B T"]  # 1 on the completion's tokens and its EOS
 
 
 class Comparisons(NamedTuple):
-    """Ranked responses of a prompt, padded on the right.
+    """Prompts with K ranked responses each; a response follows its prompt in a row of T tokens.
 
-    ranks: 0 is best. mask: 1 where there is a response; elsewhere every entry but `tokens` is 0.
-    scores: as the rows give them, or else 1 for the best rank down to 0 for the worst; None where
-    only some rows of the dataset give any, which no regression can be trained on.
+    Rows are padded on the right. A prompt with fewer than K responses has absent ones: `present` is
+    0 there, `tokens` is all padding, and every other entry is 0.
     """
 
     tokens: Int[Array | np.ndarray, "B K T"]
-    attend: Int[Array | np.ndarray, "B K T"]
-    ranks: Int[Array | np.ndarray, "B K"]
-    mask: Float[Array | np.ndarray, "B K"]
-    margin: Float[Array | np.ndarray, " B"]
+    attend: Int[Array | np.ndarray, "B K T"]  # 1 on every real token, prompt and response
+    mask: Float[Array | np.ndarray, "B K T"]  # 1 on the response's own tokens and its EOS
+    ranks: Int[Array | np.ndarray, "B K"]  # lower is better; equal ranks are ties
+    present: Float[Array | np.ndarray, "B K"]  # 1 where there is a response
+    margin: Float[Array | np.ndarray, " B"]  # how much higher the better of two should score
+    # As the rows give them, or else from 1 for the best rank down to 0 for the worst. None where
+    # only some rows of the dataset give any: no regression can be trained on these.
     scores: Float[Array | np.ndarray, "B K"] | None = None
 
 
 class Prompts(NamedTuple):
-    """What to continue, padded on the left.
-
-    index: the prompt's number in the dataset, -1 on padding rows. A batch that runs into the next
-    epoch adds the dataset's length there (twice in the one after), so that a prompt drawn twice in
-    a batch has two numbers; `index % len(examples)` is its row always.
-    """
+    """What is to be continued, padded on the left."""
 
     tokens: Int[Array | np.ndarray, "B P"]
-    attend: Int[Array | np.ndarray, "B P"]
+    attend: Int[Array | np.ndarray, "B P"]  # 1 on every real token
+    # The prompt's number in the dataset, -1 on padding rows. In a batch that runs into the next
+    # epoch, that epoch's numbers have the dataset's length added (twice in the one after), so that
+    # a prompt drawn twice has two numbers. Its source is always
+    # `examples.sources[index % len(examples)]`.
     index: Int[Array | np.ndarray, " B"]
+
+
+Batch = Demonstrations | Comparisons | Prompts
+
+
+def real_rows(batch: Batch) -> int:
+    """Number of rows of a batch on the host that are examples, not padding."""
+    attend = np.asarray(batch.attend)
+    return int(np.any(attend.reshape(len(attend), -1) > 0, axis=1).sum())
+
+
+def real_tokens(batch: Batch) -> int:
+    """Number of tokens of a batch on the host that are not padding: prompts and responses."""
+    return int(np.count_nonzero(np.asarray(batch.attend) > 0))
+
+
+# Tokenised rows, before they are padded to a batch.
+
+
+class Document(NamedTuple):
+    """One text as tokens: a prompt and what follows it, or plain text."""
+
+    ids: Int[np.ndarray, " T"]
+    trained: Bool[np.ndarray, " T"]  # tokens that the loss is on: the `mask` of a batch
+
+
+class DemonstrationRow(NamedTuple):
+    """One document, or several that `mixing.pack` put into one row."""
+
+    documents: tuple[Document, ...]
+
+
+class ComparisonRow(NamedTuple):
+    """The responses to one prompt, each a document with the prompt in front."""
+
+    documents: tuple[Document, ...]
+    ranks: tuple[int, ...]
+    margin: float = 0.0
+    scores: tuple[float, ...] | None = None  # None where the row gives none
+
+
+class PromptRow(NamedTuple):
+    """A prompt as tokens."""
+
+    ids: Int[np.ndarray, " P"]
+
+
+TokenRow = DemonstrationRow | ComparisonRow | PromptRow
+
+
+class Shape(NamedTuple):
+    """What all batches of a dataset have in common."""
+
+    length: int  # T of demonstrations and comparisons, P of prompts
+    pad_id: int
+    responses: int = 1  # K of comparisons
+    scored: bool = False  # whether comparisons have scores
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What became of the rows. dropped: reason -> how many; first: reason -> the first of them."""
+    """How many rows were read, and how many were dropped for which reason."""
 
     rows: int
-    dropped: dict[str, int]
-    first: dict[str, str]
+    dropped: dict[str, int]  # reason -> number of rows
+    first: dict[str, str]  # reason -> where the first of them stands, or its fault
 
     @property
     def kept(self) -> int:
+        """How many rows are left."""
         return self.rows - sum(self.dropped.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """A tokenised dataset. `examples[i]` is one record without its batch axis.
+    """A tokenised dataset. `examples[i]` is a batch of row i alone, without its batch axis."""
 
-    rows: token ids (and ranks) of each example; where: file and line of each; collate: rows and
-    their numbers to one batch, with None for a padding row.
-    """
-
-    rows: list[tuple] = dataclasses.field(repr=False)
-    where: list[str] = dataclasses.field(repr=False)
+    rows: list[TokenRow] = dataclasses.field(repr=False)
+    # What each row was read from; of a packed row, a tuple of what its documents were read from.
+    sources: list[Example | tuple[Example, ...]] = dataclasses.field(repr=False)
+    where: list[str] = dataclasses.field(repr=False)  # file and line of each row
     counts: Counts
-    collate: Callable = dataclasses.field(repr=False)
+    shape: Shape
+    # (rows, None standing for a padding row; their numbers [B]; shape) -> batch
+    collate: Callable[..., Batch] = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> Demonstrations | Comparisons | Prompts:
+    def __getitem__(self, i: int) -> Batch:
         position = range(len(self.rows))[i]
         batch = self.gather(np.array([position]))
         return type(batch)(*(None if field is None else field[0] for field in batch))
 
-    def gather(self, index: Int[np.ndarray, " B"]) -> Demonstrations | Comparisons | Prompts:
-        """The batch of rows `index` [B], modulo the number of examples; -1 is a padding row."""
+    @property
+    def kind(self) -> type:
+        """The type of the batches: Demonstrations, Comparisons or Prompts."""
+        return type(self[0])
+
+    def gather(self, index: Int[np.ndarray, " B"]) -> Batch:
+        """The batch of rows `index` [B], modulo the number of rows; -1 is a padding row."""
         rows = [None if i < 0 else self.rows[i % len(self.rows)] for i in index.tolist()]
-        return self.collate(rows, index)
+        return self.collate(rows, index, self.shape)
 
 
 def describe(counts: Counts) -> str:
@@ -100,15 +176,20 @@ def describe(counts: Counts) -> str:
     return f"{counts.rows} rows, {counts.kept} kept{dropped}"
 
 
-def collate_demonstrations(rows, index, *, length: int, pad_id: int) -> Demonstrations:
-    """Rows are tuples of documents (ids, trained), numbered from 1 in `attend`; None is padding."""
+# Tokenised rows to a batch. None stands for a row of padding.
+
+
+def collate_demonstrations(
+    rows: Sequence[DemonstrationRow | None], index: Int[np.ndarray, " B"], shape: Shape
+) -> Demonstrations:
+    """Lays the documents of each row one after the other and numbers them from 1 in `attend`."""
     del index
-    tokens = np.full((len(rows), length), pad_id, np.int32)
-    attend = np.zeros((len(rows), length), np.int32)
-    mask = np.zeros((len(rows), length), np.float32)
+    size = (len(rows), shape.length)
+    tokens = np.full(size, shape.pad_id, np.int32)
+    attend, mask = np.zeros(size, np.int32), np.zeros(size, np.float32)
     for b, row in enumerate(rows):
         start = 0
-        for number, (ids, trained) in enumerate(row or (), 1):
+        for number, (ids, trained) in enumerate(row.documents if row else (), 1):
             part = slice(start, start + len(ids))
             tokens[b, part], attend[b, part], mask[b, part] = ids, number, trained
             start += len(ids)
@@ -116,37 +197,54 @@ def collate_demonstrations(rows, index, *, length: int, pad_id: int) -> Demonstr
 
 
 def collate_comparisons(
-    rows, index, *, responses: int, length: int, pad_id: int, scored: bool
+    rows: Sequence[ComparisonRow | None], index: Int[np.ndarray, " B"], shape: Shape
 ) -> Comparisons:
-    """Rows are (ids of each response, ranks, margin, scores or None); None is padding."""
+    """Pads every row to K responses of T tokens; ranks stand in for scores that rows lack."""
     del index
-    tokens = np.full((len(rows), responses, length), pad_id, np.int32)
-    attend = np.zeros((len(rows), responses, length), np.int32)
-    ranks = np.zeros((len(rows), responses), np.int32)
-    mask = np.zeros((len(rows), responses), np.float32)
-    margin = np.zeros(len(rows), np.float32)
-    scores = np.zeros((len(rows), responses), np.float32)
+    size = (len(rows), shape.responses)
+    tokens = np.full((*size, shape.length), shape.pad_id, np.int32)
+    attend, mask = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, np.float32)
+    ranks, present = np.zeros(size, np.int32), np.zeros(size, np.float32)
+    margin, scores = np.zeros(len(rows), np.float32), np.zeros(size, np.float32)
     for b, row in enumerate(rows):
-        if row is not None:
-            all_ids, all_ranks, margin[b], all_scores = row
-            ranks[b, : len(all_ranks)] = all_ranks
-            mask[b, : len(all_ids)] = 1
-            if all_scores is None:
-                all_scores = 1 - np.asarray(all_ranks) / max(all_ranks)
-            scores[b, : len(all_scores)] = all_scores
-            for k, ids in enumerate(all_ids):
-                tokens[b, k, : len(ids)] = ids
-                attend[b, k, : len(ids)] = 1
-    return Comparisons(tokens, attend, ranks, mask, margin, scores if scored else None)
+        if row is None:
+            continue
+        count = len(row.documents)
+        ranks[b, :count], present[b, :count], margin[b] = row.ranks, 1, row.margin
+        scores[b, :count] = rating(row.ranks) if row.scores is None else row.scores
+        for k, (ids, trained) in enumerate(row.documents):
+            part = slice(0, len(ids))
+            tokens[b, k, part], attend[b, k, part], mask[b, k, part] = ids, 1, trained
+    return Comparisons(
+        tokens, attend, mask, ranks, present, margin, scores if shape.scored else None
+    )
 
 
-def collate_prompts(rows, index, *, length: int, pad_id: int) -> Prompts:
-    """Rows are (ids,); None is padding."""
-    tokens = np.full((len(rows), length), pad_id, np.int32)
-    attend = np.zeros((len(rows), length), np.int32)
+def rating(ranks: Sequence[int]) -> Float[np.ndarray, " K"]:
+    """Ranks as scores between 1 for the best and 0 for the worst: (max - rank) / (max - min).
+
+    Where all ranks are equal, every response gets 1.
+    """
+    ranks = np.asarray(ranks, np.float64)
+    spread = ranks.max() - ranks.min()
+    return (ranks.max() - ranks) / spread if spread else np.ones_like(ranks)
+
+
+def comparison_shape(rows: Sequence[ComparisonRow], length: int, pad_id: int) -> Shape:
+    """K is the most responses of any row; scored if all rows give scores, or none does."""
+    responses = max(len(row.documents) for row in rows)
+    scored = len({row.scores is None for row in rows}) == 1
+    return Shape(length, pad_id, responses, scored)
+
+
+def collate_prompts(
+    rows: Sequence[PromptRow | None], index: Int[np.ndarray, " B"], shape: Shape
+) -> Prompts:
+    """Pads prompts on the left and keeps their numbers."""
+    tokens = np.full((len(rows), shape.length), shape.pad_id, np.int32)
+    attend = np.zeros((len(rows), shape.length), np.int32)
     for b, row in enumerate(rows):
         if row is not None:
-            (ids,) = row
-            tokens[b, length - len(ids) :] = ids
-            attend[b, length - len(ids) :] = 1
+            start = shape.length - len(row.ids)
+            tokens[b, start:], attend[b, start:] = row.ids, 1
     return Prompts(tokens, attend, index.astype(np.int32))

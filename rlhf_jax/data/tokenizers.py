@@ -1,8 +1,9 @@
-"""Tokenizers: bytes, a small trained BPE, or a Hugging Face folder, all behind one record.
+"""Tokenizers: plain bytes, a small BPE trained here, or that of a Hugging Face folder.
 
-Ids come from `tokenizer.json` exactly as the folder ships it. transformers 5 rebuilds Llama
-tokenizers from their class instead, which loses leading spaces (its pull request 47700); on other
-text the ids are the same, and they are those of transformers 4.
+All three are one record, `Tokenizer`. The ids of a folder's tokenizer are those of its
+`tokenizer.json` as it stands, and equal those of transformers 4. transformers 5 builds Llama
+tokenizers anew from their class instead, which loses leading spaces (its pull request 47700); on
+other text its ids are the same.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from rlhf_jax.data.records import Ends
+
 PAD, EOS = "<pad>", "<eos>"
 
-# For models that know no template, in any language: each turn is its role on a line, then the text;
-# an answer ends with EOS.
+# For models without a chat template: each turn is a line with its role and then the text, and an
+# answer ends with EOS.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] | trim }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -30,28 +33,33 @@ PLAIN_TEMPLATE = (
 )
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _ANCHOR = "\n"
+# Text on which tokenizers of one vocabulary differ if they split text differently.
 _SAMPLE = "Two tokenizers of one vocabulary can still split 一段文字 in other places.\n\n  x = 1024"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids and back.
+    """Turns text into token ids and back.
 
-    vocab_size: one more than the largest id. pad_id: never an EOS. eos_ids: every id that ends a
-    text; the first is appended to completions. bos_id: what a prompt starts with, or None where
-    the tokenizer prepends nothing. Build one with `byte_tokenizer`, `train_bpe` or `from_folder`.
+    Build one with `byte_tokenizer`, `train_bpe` or `from_folder`.
     """
 
-    vocab_size: int
-    pad_id: int
-    eos_ids: tuple[int, ...]
-    bos_id: int | None
+    vocab_size: int  # one more than the largest id
+    pad_id: int  # fills rows up; never an EOS
+    eos_ids: tuple[int, ...]  # every id that ends a text; the first is appended to completions
+    bos_id: int | None  # what a prompt starts with; None where the tokenizer prepends nothing
     backend: tokenizers.Tokenizer = dataclasses.field(repr=False, compare=False)
+    # What the folder's tokenizer_config.json says: special tokens, the chat template.
     settings: dict[str, Any] = dataclasses.field(repr=False, compare=False)
 
     @property
+    def ends(self) -> Ends:
+        """What stops a response, and what fills the row after it."""
+        return Ends(self.eos_ids, self.pad_id)
+
+    @property
     def chat_template(self) -> str | None:
-        """The jinja template that renders messages (see `chat`); the default one of several."""
+        """The jinja template that renders messages (see `chat`); of several, the default one."""
         template = self.settings.get("chat_template")
         if isinstance(template, list):  # older folders: [{"name": ..., "template": ...}, ...]
             template = {one["name"]: one["template"] for one in template}
@@ -59,7 +67,7 @@ class Tokenizer:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """The text of eos_token and its like, which templates name."""
+        """The texts of eos_token, bos_token and so on, under the names that templates use."""
         found = {name: self.settings.get(name) for name in (*_NAMED_TOKENS, "mask_token")}
         found = {k: v["content"] if isinstance(v, dict) else v for k, v in found.items()}
         return {name: text for name, text in found.items() if text is not None}
@@ -67,7 +75,8 @@ class Tokenizer:
     def with_template(self, template: str) -> Tokenizer:
         """This tokenizer with another chat template, such as `PLAIN_TEMPLATE`.
 
-        Text that spells a special token is that token from here on, for templates write EOS so.
+        Text that spells a special token becomes that token, because that is how templates write
+        EOS.
         """
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.encode_special_tokens = False
@@ -79,10 +88,11 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of `ids`, special tokens and ids past the vocabulary skipped.
+        """Text of `ids`, without special tokens and ids past the vocabulary.
 
-        A filler pad (see `from_folder`) is an ordinary token: cut padding off by its mask first.
-        Tokenizers that mark a word by a space before it drop the space in front of the first one.
+        Remove padding by its mask first: where a tokenizer has no pad, rows are filled with an
+        ordinary token (see `from_folder`). Tokenizers that mark a word by the space before it drop
+        the space in front of the first word.
         """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
@@ -93,9 +103,9 @@ class Tokenizer:
     def encode_continuation(self, prompt: str, completion: str) -> list[int]:
         """Ids of `completion` as it follows `prompt`, so that both together spell the text.
 
-        The policy conditions on the prompt's own ids, so no token may cross the boundary. Where the
-        ids of the whole text start with those of the prompt, the rest of them is the answer. Where
-        a token does cross, the completion is encoded on its own; if the tokenizer then puts a space
+        The policy is given the prompt's own ids, so no token may cross the boundary. Where the ids
+        of the whole text start with those of the prompt, the others are the completion's. Where a
+        token does cross, the completion is encoded on its own. If the tokenizer then puts a space
         in front of it that the text does not have, it is encoded after a line break instead.
         """
         head = self.encode(prompt)
@@ -115,7 +125,7 @@ class Tokenizer:
         """Writes a folder that `from_folder` and `transformers.AutoTokenizer` read.
 
         tokenizer.json, tokenizer_config.json (chat template included), and the ids of this record
-        in generation_config.json, whose other entries are kept if it is there already.
+        in generation_config.json, whose other entries are kept if the file is there already.
         """
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,9 +136,9 @@ class Tokenizer:
             settings.get("pad_token")
             and _token_id(self.backend, settings, "pad_token", folder) != self.pad_id
         ):
-            settings["pad_token"] = None  # overruled by whoever loaded it
+            settings["pad_token"] = None  # `from_folder` was given another pad_id
         _write_json(folder / "tokenizer_config.json", settings)
-        if (folder / "chat_template.jinja").is_file():  # which would overrule the settings
+        if (folder / "chat_template.jinja").is_file():  # it would be read before the settings
             (folder / "chat_template.jinja").write_text(self.chat_template or "", encoding="utf-8")
         generation = _read_json(folder / "generation_config.json")
         generation |= {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
@@ -138,28 +148,28 @@ class Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """UTF-8 bytes as ids 0..255, pad 256, EOS 257, no BOS. Lossless on every text."""
+    """UTF-8 bytes as ids 0 to 255, pad 256, EOS 257, no BOS. Decoding gives every text back."""
     vocab = {character: byte for byte, character in _byte_characters().items()}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.add_special_tokens([PAD, EOS])
-    return _own(backend)
+    return _byte_level(backend)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE trained on `texts`: pad 0, EOS 1, the 256 bytes, then merges within words.
 
-    Lossless on every text, not only on the training one, since all bytes are in it. Deterministic:
-    neither the order of the texts nor the machine changes it. Fewer entries than `vocab_size`
-    come out where the texts have no more pairs to merge. Raises ValueError below 258 entries or
-    without texts.
+    All bytes are in the vocabulary, so decoding gives every text back, not only those of the
+    training. The result depends neither on the order of the texts nor on the machine. The
+    vocabulary is smaller than `vocab_size` if the texts have no more pairs to merge. Raises
+    ValueError below 258 entries or without texts.
     """
     if vocab_size < 258:
         raise ValueError(
             f"vocab_size={vocab_size} leaves no room for the 256 bytes, {PAD} and {EOS}; "
             "use 258 or more"
         )
-    # A fixed order makes the outcome one of the set of texts, whatever ties there are.
+    # In a fixed order, so that ties between pairs are broken alike for the same set of texts.
     texts = sorted(texts)
     if not any(texts):
         raise ValueError("there is no text to train a tokenizer on; pass at least one string")
@@ -172,23 +182,24 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return _own(backend)
+    return _byte_level(backend)
 
 
 def from_folder(path: str | os.PathLike, pad_id: int | None = None) -> Tokenizer:
     """The tokenizer of a Hugging Face folder.
 
-    Ids come from tokenizer.json; a folder without one goes through `transformers.AutoTokenizer`.
-    EOS ids are those of generation_config.json, or else config.json, or else the tokenizer's own.
-    BOS is the tokenizer's if it prepends one. Pad: `pad_id`, or the tokenizer's own, or the
-    configurations'; if that is missing or an EOS, padding is filled with the unknown token or the
-    lowest id that is neither EOS nor BOS, which is logged once as a warning.
+    Ids come from tokenizer.json; a folder without one is read by `transformers.AutoTokenizer`.
+    EOS ids are those of generation_config.json, or else of config.json, or else the tokenizer's
+    own. BOS is the tokenizer's if it prepends one. The pad is `pad_id`, or else the tokenizer's
+    own, or else that of the configurations. If that is missing or an EOS, padding is filled with
+    the unknown token or the lowest id that is neither EOS nor BOS, and a warning says so.
 
     Raises ValueError if there is no tokenizer, no EOS, or `pad_id` is an EOS or no id at all.
     """
     folder = pathlib.Path(path)
     settings = _read_json(folder / "tokenizer_config.json")
-    # Older versions of transformers keep special tokens, newer ones chat templates, in own files.
+    # Older versions of transformers keep the special tokens in a file of their own, newer ones the
+    # chat template.
     settings = _read_json(folder / "special_tokens_map.json") | settings
     template = folder / "chat_template.jinja"
     if template.is_file() and template.stat().st_size:
@@ -242,19 +253,17 @@ def check_vocab(tokenizer: Tokenizer, model_vocab_size: int) -> None:
 
 
 def check_same(policy: Tokenizer, scorer: Tokenizer) -> None:
-    """Raises ValueError if a reward model would read other ids or another template than it knows.
+    """Raises ValueError if policy and reward model differ in ids or template, or share no EOS.
 
-    On the device the scorer reads the policy's tokens as they are.
+    On the device the reward model reads the policy's token ids as they are.
     """
-    differ = [
-        name
-        for name, of in (
-            ("ids", lambda x: (x.backend.get_vocab(), x.encode(_SAMPLE))),
-            ("chat template", lambda x: x.chat_template),
-        )
-        if of(policy) != of(scorer)
-    ]
-    # Of several EOS ids one in common will do: a scorer reads whatever ends the answer.
+    differ = []
+    same_vocabulary = policy.backend.get_vocab() == scorer.backend.get_vocab()
+    if not same_vocabulary or policy.encode(_SAMPLE) != scorer.encode(_SAMPLE):
+        differ.append("ids")
+    if policy.chat_template != scorer.chat_template:
+        differ.append("chat template")
+    # Of several EOS ids one in common is enough, for the reward model reads whichever was sampled.
     if not set(policy.eos_ids) & set(scorer.eos_ids):
         differ.append("EOS")
     if differ:
@@ -264,8 +273,8 @@ def check_same(policy: Tokenizer, scorer: Tokenizer) -> None:
         )
 
 
-def _own(backend: tokenizers.Tokenizer) -> Tokenizer:
-    """A tokenizer of ours: byte level, and text that spells <eos> stays text."""
+def _byte_level(backend: tokenizers.Tokenizer) -> Tokenizer:
+    """A byte-level tokenizer made here. Text that spells <eos> stays text."""
     backend.decoder = decoders.ByteLevel()
     backend.encode_special_tokens = True
     settings = {
@@ -279,7 +288,7 @@ def _own(backend: tokenizers.Tokenizer) -> Tokenizer:
 
 
 def _byte_characters() -> dict[int, str]:
-    """GPT-2's printable character for each byte, as the ByteLevel pre-tokenizer spells them."""
+    """GPT-2's printable character for each byte, as the ByteLevel pre-tokenizer writes them."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {
@@ -311,7 +320,7 @@ def _backend(folder: pathlib.Path) -> tokenizers.Tokenizer:
     except (ValueError, OSError, TypeError, ImportError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{folder}: no tokenizer can be made of it ({why}); {remedy}") from None
-    # transformers 5 makes an empty one without a vocabulary.
+    # Without a vocabulary, transformers 5 makes an empty tokenizer.
     if not backend.encode(_SAMPLE, add_special_tokens=False).ids:
         raise ValueError(f"{folder}: the vocabulary is missing; {remedy}")
     return backend
@@ -327,9 +336,10 @@ def _check_pad(folder: pathlib.Path, pad_id: int, eos_ids: tuple[int, ...], size
         raise ValueError(f"{folder}: pad_id={pad_id} is no id; use one of 0..{size - 1}")
 
 
-def _filler(unknown: int | None, taken: set[int | None], size: int) -> int:
+def _filler(unknown: int | None, special: set[int | None], size: int) -> int:
+    """The unknown token, or the lowest id, that is not one of the special ones."""
     candidates = ([] if unknown is None else [unknown]) + list(range(size))
-    return next(i for i in candidates if i not in taken)
+    return next(i for i in candidates if i not in special)
 
 
 def _token_id(
@@ -349,7 +359,7 @@ def _token_id(
 
 
 def _vocab_size(backend: tokenizers.Tokenizer) -> int:
-    # Ids can have holes, so that counting them is not enough.
+    # Ids can have gaps, so counting them is not enough.
     return max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
 

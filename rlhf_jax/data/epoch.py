@@ -1,0 +1,61 @@
+"""Runs a compiled function once on every row of a loader: sums of its scalars, or its rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax import sharding
+from rlhf_jax.data.loader import Loader
+from rlhf_jax.data.records import real_rows
+
+
+def sums(
+    fn: Callable,
+    static: tuple,
+    args: tuple,
+    loader: Loader,
+    mesh: jax.sharding.Mesh | None = None,
+) -> list[float]:
+    """Adds up the scalars `fn(*static, *args, batch)` over all batches.
+
+    `fn` is defined at module level and `static` is hashable, so that the program is compiled once
+    in a process. Without a mesh it runs on all devices.
+    """
+    totals = [list(map(float, out)) for _, out in _batches(fn, static, args, loader, mesh)]
+    return [sum(column) for column in zip(*totals)]
+
+
+def rows(
+    fn: Callable,
+    static: tuple,
+    args: tuple,
+    loader: Loader,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Any:
+    """What `fn(*static, *args, batch)` returns for each row of the loader, in order, on the host.
+
+    `fn` returns a tree of arrays with a leading row axis; padding rows are cut off. The other
+    arguments are those of `sums`.
+    """
+    parts = []
+    for batch, out in _batches(fn, static, args, loader, mesh):
+        kept = real_rows(batch)
+        parts.append(jax.tree.map(lambda x, n=kept: np.asarray(x)[:n], out))
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def _batches(fn, static, args, loader, mesh) -> Iterator[tuple]:
+    program, mesh = _jitted(fn, static), mesh or sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        for batch in loader.epoch_batches():
+            yield batch, program(*args, sharding.put_rows(mesh, batch))
+
+
+@functools.lru_cache(maxsize=64)
+def _jitted(fn: Callable, static: tuple) -> Callable:
+    return jax.jit(functools.partial(fn, *static))
