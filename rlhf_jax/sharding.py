@@ -1,24 +1,27 @@
-"""Where arrays live: mesh axes, the one table of rules, and the constraints inside programs.
+"""How arrays are divided over devices: the mesh, the rules, and constraints inside programs.
 
-A mesh has three axes. `data` replicates parameters and splits the batch; `fsdp` splits both the
-parameters and the batch; `tensor` splits heads, hidden units and vocabulary. This is the only
-module that spells them; every other module asks for "rows", "parameters" or "replicated".
+A mesh has three axes. `data` splits the batch and replicates the parameters; `fsdp` splits both the
+batch and the parameters; `tensor` splits attention heads, hidden units and vocabulary. Only this
+module names the axes; other modules call its functions to divide arrays by rows or by `RULES`, or
+to replicate them.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 
-# First match wins. Optimizer moments end in the path of their parameter, so they match too.
-# There is no catch-all row: a misspelt name must fail, not be silently replicated.
+# (pattern of a parameter's path, how its dimensions are split); the first match counts. The path of
+# an optimizer moment ends in that of its parameter, so the moment is divided in the same way. There
+# is no rule for everything else: a misspelt name must fail and not be silently replicated.
 RULES = (
     (r"embed/embedding$", P("tensor", "fsdp")),  # [V, D]
     (r"embed/positions$", P(None, "fsdp")),  # [T, D]
@@ -32,13 +35,16 @@ RULES = (
     (r"score/kernel$", P("fsdp", None)),  # [D, 1]
     (r"score/bias$", P()),
     (r"norm\w*/(scale|bias)$", P()),
+    (r"^memory/", P()),  # what an online algorithm carries besides networks
+    (r"^scorer/(?!weights/)", P()),  # the parameters of a reward that is no model
 )
 
 
 def make_mesh(data: int = 1, fsdp: int | None = None, tensor: int = 1) -> Mesh:
-    """A (data, fsdp, tensor) mesh; `fsdp=None` takes the devices that the other two leave.
+    """A mesh with the axes (data, fsdp, tensor), each of the given size.
 
-    Raises ValueError if the sizes ask for more devices than there are, or do not divide them.
+    `fsdp=None` is all devices divided by `data * tensor`. Raises ValueError if that is no whole
+    number, or if the sizes need more devices than there are.
     """
     available = jax.device_count()
     if min(data, tensor, 1 if fsdp is None else fsdp) < 1:
@@ -57,19 +63,19 @@ def make_mesh(data: int = 1, fsdp: int | None = None, tensor: int = 1) -> Mesh:
             f"{available}; lower a size"
         )
     devices = jax.devices()[:wanted]
-    # Auto axes: shardings are propagated by the compiler. (make_mesh's default is now Explicit.)
+    # With Auto axes the compiler propagates shardings; make_mesh's default is Explicit by now.
     return jax.make_mesh(
         (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
     )
 
 
-def row_shards(mesh: Mesh) -> int:
-    """Into how many pieces the mesh cuts the rows of a batch."""
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """The number of pieces into which the mesh splits the rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_rows(mesh: Mesh, **counts: int) -> None:
-    """Raises ValueError, naming the field, unless each count divides over the mesh's rows."""
+def check_rows(mesh: Mesh | AbstractMesh, **counts: int) -> None:
+    """Raises ValueError, naming the field, unless each count is a multiple of `row_shards`."""
     shards = row_shards(mesh)
     for name, count in counts.items():
         if count % shards:
@@ -80,49 +86,50 @@ def check_rows(mesh: Mesh, **counts: int) -> None:
 
 
 def path_name(path: tuple) -> str:
-    """`('layer_0', 'mlp', 'up', 'kernel')` as jax key path -> "layer_0/mlp/up/kernel"."""
+    """A key path of jax as text, for example "layer_0/mlp/up/kernel"."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def spec_for(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
-    """The rule of one parameter. An axis that does not divide its dimension is left out.
+    """How the parameter of this path and shape is split, by `RULES`.
 
-    Scalars (step counts) are replicated. Raises ValueError where no rule matches.
+    A dimension that its mesh axis does not divide is not split. Scalars (step counts) are
+    replicated. Raises ValueError if no rule matches.
     """
     if not shape:
         return P()
     for pattern, spec in RULES:
         if re.search(pattern, name):
-            fits = [
-                axis if axis and size % mesh.shape[axis] == 0 else None
-                for axis, size in zip(spec, shape)
-            ]
-            return P(*fits)
+            return P(
+                *(
+                    axis if axis and size % mesh.shape[axis] == 0 else None
+                    for axis, size in zip(spec, shape)
+                )
+            )
     raise ValueError(f"no rule in sharding.RULES matches {name} {shape}; add one")
 
 
 def tree(mesh: Mesh, arrays):
-    """Shardings of a tree of parameters, optimizer moments and scalars, by `RULES`."""
-    return jax.tree.map_with_path(
-        lambda path, leaf: NamedSharding(
-            mesh, spec_for(mesh, path_name(path), tuple(np.shape(leaf)))
-        ),
-        arrays,
-    )
+    """The sharding of every array in a tree of parameters, optimizer moments and scalars."""
+
+    def sharding(path, leaf):
+        return NamedSharding(mesh, spec_for(mesh, path_name(path), tuple(np.shape(leaf))))
+
+    return jax.tree.map_with_path(sharding, arrays)
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """Leading axis over data and fsdp: batches and rollouts."""
+    """The sharding of batches and rollouts: their rows (the leading axis) over data and fsdp."""
     return NamedSharding(mesh, P(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device: metrics, keys, configurations."""
+    """The sharding of metrics, keys and configurations: the whole array on every device."""
     return NamedSharding(mesh, P())
 
 
 def put_rows(mesh: Mesh, batch):
-    """A host batch onto the mesh. With several processes each passes its own rows."""
+    """Puts a batch of host arrays onto the mesh. With several processes, each passes its rows."""
     sharding = rows(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
@@ -130,27 +137,43 @@ def put_rows(mesh: Mesh, batch):
 
 
 def place(mesh: Mesh, arrays):
-    """Parameters that already exist onto the mesh, by `RULES`; no copy if they are there."""
+    """Puts existing parameters onto the mesh, split by `RULES`; not copied if they are there."""
     return jax.device_put(arrays, tree(mesh, arrays))
 
 
-def born(mesh: Mesh, init, *args):
-    """`init(*args)`, compiled with sharded outputs: no device ever holds the whole tree."""
-    shardings = tree(mesh, jax.eval_shape(init, *args))
-    return jax.jit(init, out_shardings=shardings)(*args)
+def initialise(mesh: Mesh, init: Callable, *args, static_argnums=()):
+    """`init(*args)`, computed already sharded by `RULES`, so that no device holds a whole tree.
+
+    `static_argnums`, as in `jax.jit`, names the arguments that are constants of the program, such
+    as a model's shape. jax caches a compiled program with its function, so pass a function that is
+    defined once and takes what varies as arguments. A lambda or a `functools.partial` made for the
+    call is a new function, which is compiled again.
+    """
+    shapes = jax.jit(init, static_argnums=static_argnums).eval_shape(*args)
+    compiled = jax.jit(init, static_argnums=static_argnums, out_shardings=tree(mesh, shapes))
+    return compiled(*args)
 
 
-def constrain_rows(x):
-    """Inside a program: keep the leading axis split over data and fsdp. No-op without a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
+def constrain_rows(x, name: str = "rows"):
+    """Inside a program: the same arrays, with their rows split over data and fsdp.
+
+    Without a mesh they are returned as they are. Raises ValueError, which calls the rows `name`, if
+    the mesh does not divide them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
+    check_rows(mesh, **{name: jax.tree.leaves(x)[0].shape[0]})
     return jax.tree.map(
         lambda y: jax.lax.with_sharding_constraint(y, P(ROWS, *(None,) * (y.ndim - 1))), x
     )
 
 
 def constrain_heads(x):
-    """[B, H, ...]: rows over data and fsdp, heads over tensor where they divide."""
+    """Inside a program, [B, H, ...]: rows split over data and fsdp, heads over tensor.
+
+    Heads that the tensor axis does not divide stay whole. Without a mesh nothing changes.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -159,7 +182,10 @@ def constrain_heads(x):
 
 
 def gather_width(table):
-    """[V, D]: the vocabulary stays over tensor, the width is gathered from fsdp."""
+    """Inside a program, [V, D]: vocabulary split over tensor, width gathered from fsdp.
+
+    Without a mesh nothing changes.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return table

@@ -11,7 +11,9 @@ import pytest
 from test_huggingface import left_padded, refused
 
 from rlhf_jax import losses, sampling, sharding
-from rlhf_jax.models import configs, families, heads, huggingface, transformer
+from rlhf_jax.data.records import Ends
+from rlhf_jax.models import heads, huggingface, transformer
+from rlhf_jax.models.huggingface import configurations, families
 
 # save_pretrained reads config.json back without closing it (transformers 5.23).
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -154,9 +156,8 @@ def continued(model, tokens, attend, new, eos=39):
             tokens,
             attend,
             sampling.row_keys(jax.random.key(0), jnp.arange(len(tokens))),
-            max_new_tokens=new,
-            eos_ids=(eos,),
-            pad_id=0,
+            sampling=sampling.Sampling(max_new_tokens=new),
+            ends=Ends((eos,), 0),
             choose=sampling.greedy,
         )
     )
@@ -474,7 +475,7 @@ def test_a_model_that_no_family_has_or_another_than_it_came_from_is_refused(tmp_
     for options in ({"norm": "layer", "positions": "learned"}, {"rope_scaling": stretched}):
         strange = dataclasses.replace(SHAPE, post_norms=True, **options)
         with refused("no family of transformers", "post_norms=True"):
-            configs.fields_from(strange)
+            configurations.fields_from(strange)
     huggingface.save(tmp_path / "one", made_here())
     wider = made_here(dataclasses.replace(SHAPE, d_ff=20))
     with refused("another model", "d_ff=20"):

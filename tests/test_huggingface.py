@@ -20,7 +20,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rlhf_jax import sampling, sharding
-from rlhf_jax.models import configs, families, huggingface, transformer
+from rlhf_jax.data.records import Ends
+from rlhf_jax.models import huggingface, transformer
+from rlhf_jax.models.huggingface import configurations, families
 
 # A Llama of 1 layer, width 8: D = 8, V = 16, 2 query heads and 1 key/value head of 4, F = 12.
 FIELDS = {
@@ -124,9 +126,8 @@ def test_stories260k_continues_greedily_as_its_reference_token_for_token(stories
             tokens,
             attend,
             sampling.row_keys(jax.random.key(0), jnp.arange(len(cases))),
-            max_new_tokens=new,
-            eos_ids=(1, 2),
-            pad_id=0,
+            sampling=sampling.Sampling(max_new_tokens=new),
+            ends=Ends((1, 2), 0),
             choose=sampling.greedy,
         )
     )(model)
@@ -233,9 +234,8 @@ def test_a_random_llama_says_and_continues_as_torch_does_under_left_padding(name
             tokens,
             attend,
             sampling.row_keys(jax.random.key(0), jnp.arange(4)),
-            max_new_tokens=new,
-            eos_ids=(eos,),
-            pad_id=0,
+            sampling=sampling.Sampling(max_new_tokens=new),
+            ends=Ends((eos,), 0),
             choose=sampling.greedy,
         )
     )(ours)
@@ -260,22 +260,22 @@ def test_both_spellings_of_the_configuration_say_the_same():
         norm_eps=1e-5,
         tied=False,
     )
-    assert configs.config_from(FIELDS | FOUR) == want
-    assert configs.config_from(FIELDS | FIVE) == want
-    assert configs.config_from(FIELDS | FIVE, dtype="bfloat16").dtype == "bfloat16"
+    assert configurations.config_from(FIELDS | FOUR) == want
+    assert configurations.config_from(FIELDS | FIVE) == want
+    assert configurations.config_from(FIELDS | FIVE, dtype="bfloat16").dtype == "bfloat16"
     old = FOUR | {"rope_scaling": {"type": "default"}}
-    assert configs.config_from(FIELDS | old) == want
+    assert configurations.config_from(FIELDS | old) == want
 
 
 def test_what_a_configuration_leaves_out_has_the_default_of_transformers():
     optional = ("num_key_value_heads", "rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias")
     fields = {k: v for k, v in FIELDS.items() if k not in (*optional, "tie_word_embeddings")}
-    config = configs.config_from(fields | {"head_dim": None})
+    config = configurations.config_from(fields | {"head_dim": None})
     assert (config.num_kv_heads, config.head_dim, config.norm_eps) == (2, 4, 1e-6)
     assert (config.rope_base, config.tied) == (10000.0, False)
 
 
-def test_every_tensor_lands_in_its_place_with_kernels_turned(tmp_path):
+def test_every_tensor_lands_in_its_place_with_kernels_transposed(tmp_path):
     tensors = random_tensors()
     weights = huggingface.load(write(tmp_path)).weights
     block = weights["layer_0"]
@@ -376,8 +376,8 @@ def test_loading_2_gb_over_eight_devices_needs_at_most_three_times_the_largest_t
     """Anonymous memory of the host beyond the device shards and what was there before."""
     fields = FIELDS | dict(vocab_size=32000, hidden_size=2048, intermediate_size=8192)
     fields |= dict(num_hidden_layers=6, num_attention_heads=16, num_key_value_heads=16)
-    config = configs.config_from(fields)
-    family, _ = configs.family_of(fields)
+    config = configurations.config_from(fields)
+    family, _ = configurations.family_of(fields)
     shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0))).weights
     places, rng = {}, np.random.default_rng(0)
     for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(shapes)):
@@ -424,7 +424,10 @@ def test_a_name_on_the_hub_is_fetched_without_pickles_or_code_and_a_folder_is_it
     name, patterns = asked[0]
     wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt"]
     other = ["pytorch_model.bin", "modeling.py", "consolidated.safetensors", "tf_model.h5"]
-    allowed = lambda x: any(fnmatch.fnmatch(x, pattern) for pattern in patterns)  # noqa: E731
+
+    def allowed(name):
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
     assert name == "org/name-1.5B" and all(map(allowed, wanted)) and not any(map(allowed, other))
     with refused("absent", "no such folder", "org/name"):
         huggingface.fetch("absent")
@@ -607,7 +610,7 @@ def test_pickled_weights_are_refused_with_the_remedy(tmp_path):
 )
 def test_a_configuration_that_is_not_built_is_refused_by_field(change, parts):
     with refused("folder/config.json: ", *parts):
-        configs.config_from(FIELDS | FOUR | change, "folder/config.json")
+        configurations.config_from(FIELDS | FOUR | change, "folder/config.json")
 
 
 @pytest.mark.parametrize(
@@ -710,13 +713,13 @@ OTHERS = {
 )
 def test_a_setting_of_another_family_that_is_not_built_is_refused_by_field(name, change, parts):
     with refused("config.json: ", *change, *parts):
-        configs.config_from(OTHERS[name] | change)
-    configs.config_from(OTHERS[name])
+        configurations.config_from(OTHERS[name] | change)
+    configurations.config_from(OTHERS[name])
 
 
 def test_tensors_of_a_trunk_alone_are_found_without_their_prefix(tmp_path):
     """As in the first GPT-2 files, which also hold their masks."""
-    config = configs.config_from(OTHERS["gpt2"])
+    config = configurations.config_from(OTHERS["gpt2"])
     model = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
     huggingface.save(tmp_path / "named", model)
     with safe_open(tmp_path / "named" / "model.safetensors", framework="numpy") as file:
@@ -728,8 +731,8 @@ def test_tensors_of_a_trunk_alone_are_found_without_their_prefix(tmp_path):
 
 
 def test_every_parameter_of_a_causal_model_has_a_name():
-    family, _ = configs.family_of(FIELDS)
-    config = configs.config_from(FIELDS | FOUR | {"num_hidden_layers": 3})
+    family, _ = configurations.family_of(FIELDS)
+    config = configurations.config_from(FIELDS | FOUR | {"num_hidden_layers": 3})
     tree = jax.eval_shape(lambda key: transformer.init(config, key), jax.random.key(0)).weights
     paths = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
     stored = [families.stored_name(family, path) for path in paths]

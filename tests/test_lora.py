@@ -12,6 +12,7 @@ import tiny
 
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.models import heads, huggingface, lora, transformer
+from rlhf_jax.models.partition import combine, partition
 from rlhf_jax.rewards import learned
 from rlhf_jax.training.checkpoint import Checkpoints
 
@@ -46,8 +47,12 @@ def leaves(model):
     return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(model)}
 
 
+def frozen_part(model):
+    return partition({"m": model})[1]["m"]
+
+
 def base_of(model):
-    return leaves(lora.frozen({"m": model})["m"])
+    return leaves(frozen_part(model))
 
 
 def buffers(tree):
@@ -103,29 +108,32 @@ def test_without_named_targets_every_kernel_of_the_layers_that_there_is_gets_one
     np.testing.assert_allclose(logits(adapted), logits(lora.merge(adapted)), atol=1e-4)
 
 
-def test_parts_join_to_the_whole_and_a_model_without_adapter_is_all_trained():
+def test_parts_combine_to_the_whole_and_a_model_without_adapter_is_trained_whole():
     models = {"policy": attached(), "critic": tiny.model()}
-    trainable, frozen = lora.trainable(models), lora.frozen(models)
+    trainable, frozen = partition(models)
     assert frozen.keys() == {"policy"} and trainable["critic"] is models["critic"]
-    joined = lora.join(frozen, trainable)
-    assert jax.tree.structure(joined) == jax.tree.structure(models)
+    combined = combine(frozen | {"reference": models["critic"]}, trainable)
+    assert combined.pop("reference") is models["critic"]
+    assert jax.tree.structure(combined) == jax.tree.structure(models)
+    assert jax.tree.all(jax.tree.map(lambda x, y: x is y, combined, models))
     assert sum(x.size for x in jax.tree.leaves(trainable["policy"])) == sum(
         2 * (a + b) for a, b in [(32, 32)] * 4 + [(32, 64)] * 2 + [(64, 32)]
     )
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("fields", "message"),
     [
-        (lora.Config(rank=0), "rank=0 must be at least 1"),
-        (lora.Config(targets=("query", "qkv")), r"targets=\['qkv'\]"),
-        (lora.Config(targets=("query", "score")), r"targets=\['score'\]"),
-        (lora.Config(targets=("query", "head")), r"targets=\['head'\]"),  # never read there
+        ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"alpha": 0}, "alpha=0.0 must be above 0"),
+        ({"targets": ("query", "qkv")}, r"targets=\['qkv'\]"),
+        ({"targets": ("query", "score")}, r"targets=\['score'\]"),
+        ({"targets": ("query", "head")}, r"targets=\['head'\]"),  # never read there
     ],
 )
-def test_bad_adapters_are_refused(config, message):
+def test_bad_adapters_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        lora.attach(tiny.model(), config, jax.random.key(0))
+        lora.attach(tiny.model(), lora.Config(**fields), jax.random.key(0))
 
 
 def test_an_adapter_on_an_adapter_is_refused():
@@ -136,10 +144,9 @@ def test_an_adapter_on_an_adapter_is_refused():
 @pytest.mark.parametrize("mesh", ["1x1x1", "1x2x4"])
 def test_training_moves_the_adapter_and_leaves_the_base_alone(mesh):
     policy = lora.attach(tiny.model(mesh), CONFIG, jax.random.key(1))
-    tuned = sft.run(tiny.SFT, policy, tiny.demonstrations(), mesh=tiny.mesh(mesh)).policy
-    scorer = reward_model.run(
-        tiny.REWARD_MODEL, tuned, tiny.comparisons(), mesh=tiny.mesh(mesh)
-    ).scorer
+    where = tiny.runtime(mesh)
+    tuned = sft.run(tiny.SFT, policy, tiny.demonstrations(), runtime=where).policy
+    scorer = reward_model.run(tiny.REWARD_MODEL, tuned, tiny.comparisons(), runtime=where).scorer
     for model in (tuned, scorer):
         before, after = base_of(policy), base_of(model)
         assert after.keys() <= before.keys()
@@ -148,7 +155,7 @@ def test_training_moves_the_adapter_and_leaves_the_base_alone(mesh):
     assert len([n for n in moved if "lora_b" in n]) == 7
 
 
-def run_ppo(policy, scorer, config=tiny.PPO, **kwargs):
+def run_ppo(policy, scorer, config=tiny.PPO, checkpoints=None, **kwargs):
     return ppo.run(
         config,
         policy=policy,
@@ -156,8 +163,8 @@ def run_ppo(policy, scorer, config=tiny.PPO, **kwargs):
         scorer=scorer,
         critic=scorer,
         prompts=tiny.prompts(),
-        mesh=tiny.mesh(),
-        **tiny.ENDS,
+        tokenizer=tiny.TOKENIZER,
+        runtime=tiny.runtime(checkpoints=checkpoints),
         **kwargs,
     )
 
@@ -170,7 +177,7 @@ def test_ppo_holds_one_copy_of_the_base():
     """Policy, reference, reward model and critic: their kernels are the same buffers."""
     policy = attached()
     scorer = scorer_on(policy)
-    base = sum(buffers(lora.frozen({"m": policy})).values())
+    base = sum(buffers(frozen_part(policy)).values())
     before = sum(buffers(jax.live_arrays()).values())
     peak = []
 
@@ -181,8 +188,8 @@ def test_ppo_holds_one_copy_of_the_base():
     result = run_ppo(policy, scorer, observe=observe)
     # Two adapters with two Adam moments each, a head, and some batches: less than half a base.
     assert max(peak) - before < 0.5 * base
-    assert buffers(lora.frozen({"m": result.policy})).keys() <= buffers(policy).keys()
-    assert buffers(lora.frozen({"m": result.critic})).keys() <= buffers(policy).keys()
+    assert buffers(frozen_part(result.policy)).keys() <= buffers(policy).keys()
+    assert buffers(frozen_part(result.critic)).keys() <= buffers(policy).keys()
 
 
 def test_an_interrupted_run_with_adapters_ends_with_the_same_bits(tmp_path):

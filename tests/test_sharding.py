@@ -52,7 +52,14 @@ def make_adapted(key):
     return lora.attach(init(key), lora.Config(), key)
 
 
+def make_online(key):
+    """What an online algorithm carries besides networks, and a reward that is no model."""
+    rewards, bias = jax.random.normal(key, (7,)), jax.random.normal(key, (3,))
+    return {"memory": {"rewards": rewards}, "scorer": {"bias": bias}}
+
+
 KINDS = {
+    "online": make_online,
     "adapted": make_adapted,
     "untied": init,
     "tied": functools.partial(init, tied=True),
@@ -118,7 +125,10 @@ def test_a_name_without_a_rule_raises_and_is_not_silently_replicated(name):
 
 def test_an_axis_that_does_not_divide_its_dimension_is_left_out():
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
-    query = lambda *shape: sharding.spec_for(mesh, "query/kernel", shape)  # noqa: E731
+
+    def query(*shape):
+        return sharding.spec_for(mesh, "query/kernel", shape)
+
     assert query(8, 8) == P("fsdp", "tensor")
     assert query(6, 8) == P(None, "tensor")
     assert query(8, 7) == P("fsdp", None)
@@ -164,16 +174,29 @@ def test_rows_must_divide_over_data_and_fsdp_together():
 # --- arrays -------------------------------------------------------------------------------------
 
 
-def test_arrays_are_born_sharded_and_no_device_holds_a_whole_one():
+def test_arrays_are_initialised_sharded_and_no_device_holds_a_whole_one():
     mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1)
-    born = sharding.born(mesh, init_train_state, jax.random.key(0))
-    for name, leaf in leaves(born).items():
+    state = sharding.initialise(mesh, init_train_state, jax.random.key(0))
+    for name, leaf in leaves(state).items():
         assert len(leaf.addressable_shards) == 8
         whole = leaf.ndim < 2  # norms, biases and counts are replicated
         for shard in leaf.addressable_shards:
             assert shard.data.size * (1 if whole else 8) == leaf.size, name
     plain = jax.jit(init_train_state)(jax.random.key(0))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), born, plain)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state, plain)
+
+
+def test_initialising_with_another_key_compiles_nothing_but_another_shape_does():
+    mesh, traced = sharding.make_mesh(), []
+
+    def make(shape, key):
+        traced.append(shape.d_ff)
+        return transformer.init(shape, key)
+
+    for seed, d_ff in ((1, 24), (2, 24), (2, 32), (3, 24)):
+        shape = dataclasses.replace(CONFIG, d_ff=d_ff)
+        sharding.initialise(mesh, make, shape, jax.random.key(seed), static_argnums=0)
+    assert traced == [24, 32]
 
 
 def test_placing_moves_parameters_to_their_shards_and_keeps_their_values(shapes):
@@ -220,8 +243,9 @@ def batches():
     return Demonstrations(tokens, attend, mask), Comparisons(
         tokens=rng.integers(0, CONFIG.vocab_size, (8, 2, 8)).astype(np.int32),
         attend=np.stack([attend, attend[::-1]], axis=1) * present[..., None].astype(np.int32),
+        mask=np.stack([mask, mask[::-1]], axis=1) * present[..., None],
         ranks=ranks,
-        mask=present,
+        present=present,
         margin=np.linspace(0.0, 1.0, 8, dtype=np.float32),
     )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax import losses
-from rlhf_jax.models import heads, lora, transformer
+from rlhf_jax.data.records import Ends
+from rlhf_jax.models import heads, layers, lora, transformer
 from rlhf_jax.sampling import decode
 
 CONFIG = transformer.Config(
@@ -92,6 +94,26 @@ def test_padding_on_either_side_and_garbage_under_it_change_nothing_at_real_toke
     np.testing.assert_allclose(want[12:19], alone, atol=1e-5)
 
 
+def test_a_model_called_outside_of_jit_is_one_compiled_program_a_function(model, scorer, caplog):
+    tokens = jnp.ones((3, 7), jnp.int32)
+
+    def programs(function, *args):
+        """How many programs XLA compiled for the call."""
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            out = jax.block_until_ready(function(*args))
+        return sum("Finished XLA compilation" in x.getMessage() for x in caplog.records), out
+
+    count, hidden = programs(transformer.hidden_states, model, tokens, tokens)
+    assert count == 1
+    count, (_, cache) = programs(transformer.prefill, model, tokens, tokens, 9)
+    assert count == 1
+    assert programs(transformer.decode, model, cache, tokens[:, 0])[0] == 1
+    assert programs(heads.token_logprobs, model, hidden, tokens, 1.0, 3)[0] == 1
+    assert programs(heads.sequence_scores, scorer, tokens, tokens)[0] == 1
+    assert programs(transformer.hidden_states, model, tokens + 1, tokens)[0] == 0
+
+
 def test_a_row_that_is_all_padding_stays_finite(model):
     assert jnp.all(jnp.isfinite(forward(model, *padded([[]] * B, "right"))))
 
@@ -171,9 +193,8 @@ def test_grouped_query_attention_is_full_attention_with_repeated_key_and_value_h
 
 
 def test_heads_that_do_not_group_are_refused():
-    config = transformer.Config(num_heads=4, num_kv_heads=3)
-    with pytest.raises(ValueError, match="num_heads=4 is not a multiple of num_kv_heads=3"):
-        transformer.init(config, jax.random.key(0))
+    with pytest.raises(ValueError, match="num_heads=4 must be a multiple of num_kv_heads=3"):
+        transformer.Config(num_heads=4, num_kv_heads=3)
 
 
 def test_a_tied_model_reads_out_with_its_embedding():
@@ -262,7 +283,7 @@ def test_a_bfloat16_model_stays_near_float32_and_its_log_softmax_is_float32(mode
 def test_a_norm_of_bfloat16_is_computed_in_float32_and_rounded_once():
     x = jax.random.normal(jax.random.key(0), (64, 16)).astype(jnp.bfloat16)
     scale = jax.random.normal(jax.random.key(1), (16,))
-    got = transformer.RMSNorm(1e-5).apply({"params": {"scale": scale}}, x)
+    got = layers.RMSNorm(1e-5).apply({"params": {"scale": scale}}, x)
     wide = np.asarray(x, np.float64)
     exact = wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + 1e-5) * np.asarray(scale)
     assert got.dtype == jnp.bfloat16
@@ -276,6 +297,15 @@ def test_a_fresh_scalar_head_has_std_one_over_root_of_width_plus_one_or_is_zero(
     assert score["bias"].shape == (1,) and not np.any(score["bias"])
     zero = transformer.with_score_head(wide, None).weights["score"]
     assert not np.any(zero["kernel"]) and not np.any(zero["bias"])
+
+
+def test_a_scalar_head_is_not_replaced_unless_it_is_removed_first(scorer):
+    with pytest.raises(ValueError, match="already has a scalar head; .*without_score_head"):
+        transformer.with_score_head(scorer, jax.random.key(0))
+    bare = transformer.without_score_head(scorer)
+    assert transformer.has_score_head(scorer) and not transformer.has_score_head(bare)
+    again = transformer.with_score_head(bare, None)
+    assert not np.any(again.weights["score"]["kernel"])
 
 
 def test_float32_products_are_float32_on_every_device_forward_backward_and_in_sampling():
@@ -292,7 +322,8 @@ def test_float32_products_are_float32_on_every_device_forward_backward_and_in_sa
 
     def sample(model):
         keys = decode.row_keys(jax.random.key(0), jnp.arange(B))
-        return decode.sample(model, tokens, tokens, keys, max_new_tokens=3, eos_ids=(1,), pad_id=0)
+        few = decode.Sampling(max_new_tokens=3)
+        return decode.sample(model, tokens, tokens, keys, sampling=few, ends=Ends((1,), 0))
 
     def score(scorer):
         return heads.token_values(scorer, transformer.hidden_states(scorer, tokens, tokens))

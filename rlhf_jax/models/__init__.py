@@ -1,1 +1,1 @@
-"""The transformer, its heads, and import from other formats."""
+"""The transformer and its heads, LoRA adapters, and the formats of Hugging Face."""

@@ -1,7 +1,9 @@
-"""Rotary positions: the frequencies of every scaling, and the turns they give at a position.
+"""Rotary position embeddings (RoPE, arXiv:2104.09864) and the ways to scale their frequencies.
 
-Frequencies follow from the configuration, so they are computed once, in float64 on the host, and
-are constants of the compiled program; only dynamic-NTK and LongRoPE look at the text's length.
+Each pair of features of a query or key is rotated by an angle: the token's position times the
+pair's frequency. Frequencies follow from the configuration, so they are computed once, in float64
+on the host, and are constants of the compiled program. Only with dynamic-NTK and LongRoPE scaling
+do they depend on the length of the text.
 """
 
 from __future__ import annotations
@@ -19,51 +21,54 @@ Kind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
 class Scaling(config.Config):
-    """How the frequencies are stretched for texts longer than a model was first trained on.
+    """How frequencies are changed for texts longer than a model was first trained on.
 
-    linear: all divided by `factor` (Chen et al. 2023). dynamic: the base grows with the text
-    beyond `original_length` (NTK-aware). llama3: low frequencies divided, high ones kept, a ramp
-    between. yarn: the same idea with a ramp over dimensions (Peng et al. 2023). longrope: one
-    divisor a frequency, `short_factors` up to `original_length` and `long_factors` beyond.
-    `attention_factor` multiplies cosines and sines (None: what the method's authors advise).
+    linear: all are divided by `factor` (Chen et al. 2023). dynamic: the base grows with the length
+    of the text beyond `original_length` (NTK-aware). llama3: low frequencies are divided by
+    `factor`, high ones are kept, with a ramp between them. yarn: the same idea with the ramp over
+    the index of the frequency (Peng et al. 2023). longrope: each frequency has a divisor of its
+    own, from `short_factors` up to `original_length` and from `long_factors` beyond it. The turns
+    of a frequency are counted over `original_length` tokens.
     """
 
     kind: Kind = "default"
-    factor: float = 1.0
-    original_length: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float | None = None
+    factor: config.Positive = 1.0
+    original_length: config.Whole = 0  # length of the texts of the first training, tokens
+    low_freq_factor: config.Positive = 1.0  # llama3: frequencies of fewer turns are divided
+    high_freq_factor: config.Positive = 4.0  # llama3: frequencies of more turns are kept
+    beta_fast: config.Positive = 32.0  # yarn: turns at which the ramp begins
+    beta_slow: config.Positive = 1.0  # yarn: turns at which the ramp ends
+    truncate: bool = True  # yarn: the ramp begins and ends at whole indices
+    attention_factor: config.Positive | None = None  # scales cosines and sines; None: as published
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
 
 
-def longest_alike(scaling: Scaling) -> int | None:
-    """Longest text whose every prefix has its frequencies, tokens; None: there is no such limit.
+def fixed_up_to(scaling: Scaling) -> int | None:
+    """The length of text, in tokens, up to which the frequencies are fixed; None: always fixed.
 
-    Beyond it a token more turns all the keys before it another way, which a cache cannot do.
+    Beyond it each further token changes the rotation of all keys before it, so that the keys in a
+    cache become wrong.
     """
     return scaling.original_length if scaling.kind in ("dynamic", "longrope") else None
 
 
-def _plain(base: float, size: int) -> np.ndarray:
+def _unscaled(base: float, size: int) -> np.ndarray:
     return base ** (-np.arange(0, size, 2) / size)
 
 
 def _llama3(scaling: Scaling, base: float, size: int) -> np.ndarray:
-    """Llama 3.1: wavelengths of over `original_length / low_freq_factor` tokens are stretched."""
-    plain = _plain(base, size)
-    turned = scaling.original_length * plain / (2 * math.pi)  # full turns within the trained text
+    """Llama 3.1: wavelengths above `original_length / low_freq_factor` tokens are lengthened."""
+    unscaled = _unscaled(base, size)
+    turns = scaling.original_length * unscaled / (2 * math.pi)  # over `original_length` tokens
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = np.clip((turned - low) / (high - low), 0.0, 1.0)
-    return kept * plain + (1 - kept) * plain / scaling.factor
+    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return share * unscaled + (1 - share) * unscaled / scaling.factor
 
 
 def _yarn(scaling: Scaling, base: float, size: int) -> np.ndarray:
-    """YaRN, section 3.2: the ramp runs over dimensions, from beta_fast to beta_slow turns."""
+    """YaRN, section 3.2: the ramp runs from the frequency that turns beta_fast times over
+    `original_length` tokens to the one that turns beta_slow times."""
 
     def dimension(turns):
         return size * math.log(scaling.original_length / (turns * 2 * math.pi)) / 2 / math.log(base)
@@ -73,48 +78,49 @@ def _yarn(scaling: Scaling, base: float, size: int) -> np.ndarray:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
     width = high - low if high != low else 0.001  # as transformers does
-    stretched = np.clip((np.arange(size // 2) - low) / width, 0.0, 1.0)
-    plain = _plain(base, size)
-    return stretched * plain / scaling.factor + (1 - stretched) * plain
+    share = np.clip((np.arange(size // 2) - low) / width, 0.0, 1.0)
+    unscaled = _unscaled(base, size)
+    return share * unscaled / scaling.factor + (1 - share) * unscaled
 
 
 def frequencies(scaling: Scaling, base: float, size: int) -> np.ndarray:
-    """Radians a position of each pair of `size` turned features, [size / 2] float64.
+    """Frequencies of the `size / 2` pairs of features, radians per position, [size / 2] float64.
 
-    Of texts no longer than `longest_alike`.
+    They are right for texts of at most `fixed_up_to` tokens.
     """
     if scaling.kind == "linear":
-        return _plain(base, size) / scaling.factor
+        return _unscaled(base, size) / scaling.factor
     if scaling.kind == "llama3":
         return _llama3(scaling, base, size)
     if scaling.kind == "yarn":
         return _yarn(scaling, base, size)
     if scaling.kind == "longrope":
-        return _plain(base, size) / np.asarray(scaling.short_factors)
-    return _plain(base, size)
+        return _unscaled(base, size) / np.asarray(scaling.short_factors)
+    return _unscaled(base, size)
 
 
-def _stretched(
+def _frequencies_by_length(
     scaling: Scaling, base: float, size: int, lengths: Int[Array, "B T"]
 ) -> Float[Array, "B 1 T F"]:
-    """Frequencies at each token, by the length of the text that it is part of."""
+    """Frequencies for each token, by the length of the text that it belongs to."""
     lengths = lengths[:, None, :, None]
     original, exponent = scaling.original_length, np.arange(0, size, 2) / size
     if scaling.kind == "longrope":
-        plain = _plain(base, size)
+        unscaled = _unscaled(base, size)
         short, long = (
-            jnp.float32(plain / np.asarray(x))
+            jnp.float32(unscaled / np.asarray(x))
             for x in (scaling.short_factors, scaling.long_factors)
         )
         return jnp.where(lengths > original, long, short)
-    times = jnp.maximum(lengths, original) / original
-    grown = scaling.factor * times - (scaling.factor - 1)
-    # (base * grown ** (size / (size - 2))) ** -exponent, without leaving float32's comfort.
-    return _plain(base, size) * grown ** (-size / (size - 2) * exponent)
+    ratio = jnp.maximum(lengths, original) / original
+    growth = scaling.factor * ratio - (scaling.factor - 1)
+    # This is (base * growth ** (size / (size - 2))) ** -exponent; computed as written there, the
+    # power of a large base would lose digits in float32.
+    return _unscaled(base, size) * growth ** (-size / (size - 2) * exponent)
 
 
 def attention_factor(scaling: Scaling) -> float:
-    """What cosines and sines are multiplied with."""
+    """The number by which cosines and sines are multiplied; 1 for most kinds of scaling."""
     if scaling.kind not in ("yarn", "longrope"):
         return 1.0
     if scaling.attention_factor is not None:
@@ -126,23 +132,24 @@ def attention_factor(scaling: Scaling) -> float:
     return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_length))
 
 
-def turns(
+def cos_sin(
     scaling: Scaling,
     base: float,
     size: int,
     positions: Int[Array, "B T"],
     lengths: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B 1 T R"], Float[Array, "B 1 T R"]]:
-    """Cosines and sines for `rotate`, R = size, float32; the sines' first half is negated.
+    """Cosines and sines of the angles, for `rotate`: R = `size` features, float32.
 
-    `lengths` [B, T] of each token's text is needed only where one outgrows `longest_alike`.
-    Differs from transformers there: a text's own length counts, not that of the batch's longest,
-    so that what a model says of a row does not depend on the other rows.
+    Both are repeated for the second half of the features, and the first half of the sines is
+    negated. `lengths` is the length of the text that each token belongs to, needed only where one
+    is longer than `fixed_up_to`. There transformers takes the length of the longest text of the
+    batch, and this function each text's own, so that a row's output does not depend on other rows.
     """
     if lengths is None:
         radians = jnp.float32(frequencies(scaling, base, size))
     else:
-        radians = _stretched(scaling, base, size, lengths)
+        radians = _frequencies_by_length(scaling, base, size, lengths)
     angles = positions[:, None, :, None] * radians
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     factor = attention_factor(scaling)
@@ -152,15 +159,16 @@ def turns(
 
 
 def rotate(
-    x: Float[Array, "B H T Dh"], turn: tuple[Float[Array, "B 1 T R"], Float[Array, "B 1 T R"]]
+    x: Float[Array, "B H T Dh"], rotary: tuple[Float[Array, "B 1 T R"], Float[Array, "B 1 T R"]]
 ) -> Float[Array, "B H T Dh"]:
-    """Rotary embedding, half-rotated layout (first half with second half, as transformers).
+    """Queries or keys, rotated by the cosines and sines of `cos_sin`.
 
-    `turn` is from `turns`; where it is narrower than the heads, their other features stay.
-    Rolled, not split and joined: about 4 % of a training step on CPU.
+    A pair is one feature of the first half and its counterpart in the second, as in transformers.
+    Where R is smaller than Dh, only the first R features are rotated.
     """
-    cos, sin = turn
+    cos, sin = rotary
     size = cos.shape[-1]
     if size < x.shape[-1]:
-        return jnp.concatenate([rotate(x[..., :size], turn), x[..., size:]], axis=-1)
+        return jnp.concatenate([rotate(x[..., :size], rotary), x[..., size:]], axis=-1)
+    # Rolling instead of splitting and joining halves saves 4 % of a training step on a CPU.
     return (x * cos + jnp.roll(x, size // 2, axis=-1) * sin).astype(x.dtype)
