@@ -1,17 +1,52 @@
 """Losses: arrays in, arrays out, one small function per equation.
 
-Every [B, T] array is aligned to tokens: entry t is about token t. Nothing is reduced here but by
-the functions that say so, because the mean over tokens or sequences is the algorithm's choice.
-All arithmetic is float32 whatever the inputs are.
+Every [B, T] array is aligned to tokens: entry t is about token t. Only the functions that say so
+reduce their result, because which mean to take is the algorithm's choice. All arithmetic is
+float32, whatever the inputs are. Arguments that must have the same shape are checked: broadcasting
+[B, 1] against [B] would silently give [B, B].
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Scalar = float | Float[Array, ""]
+
+# Log-ratios are clamped at +-20 before they are exponentiated, as verl does: exp(90) is infinite in
+# float32, and infinity times an advantage of 0 is NaN.
+MAX_LOG_RATIO = 20.0
+
+
+def matched(**arrays) -> tuple[Array, ...]:
+    """The arrays in float32. Raises ValueError, naming them, unless all have the same shape."""
+    shapes = {name: jnp.shape(array) for name, array in arrays.items()}
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(
+            f"arguments of different shapes: {listed}; they must have the same shape, and are not "
+            "broadcast"
+        )
+    return tuple(jnp.asarray(array, jnp.float32) for array in arrays.values())
+
+
+def _entrywise(function: Callable[..., Array], *arrays: Array) -> Array:
+    """`function(*arrays)` entry by entry, NaN where an argument is not finite.
+
+    Such an entry has gradient 0, so that entries outside a mask do no harm: the mean over the mask
+    multiplies their gradients by 0, but 0 times NaN would be NaN.
+    """
+    finite = jnp.isfinite(arrays[0])
+    for array in arrays[1:]:
+        finite &= jnp.isfinite(array)
+    clean = (jnp.where(finite, array, 0.0) for array in arrays)
+    return jnp.where(finite, function(*clean), jnp.nan)
+
+
+# ------------------------------------------------------------------------------- log-probabilities
 
 
 def align(outputs: Float[Array, "B T *rest"]) -> Float[Array, "B T *rest"]:
@@ -23,9 +58,18 @@ def align(outputs: Float[Array, "B T *rest"]) -> Float[Array, "B T *rest"]:
     return jnp.pad(outputs[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (outputs.ndim - 2))
 
 
-def _from_first(x: Float[Array, "B T"]) -> Float[Array, "B T"]:
+def _without_first(x: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """Sets entry 0, which has no predecessor, to 0."""
     return x.at[:, 0].set(0.0)
+
+
+def _check_tokens(tokens: Array, name: str, outputs: Array) -> None:
+    """Raises ValueError unless there is one token for each position of `outputs` [B, T, ...]."""
+    if tokens.shape != outputs.shape[:2]:
+        raise ValueError(
+            f"tokens {tokens.shape} and {name} {outputs.shape} differ in their first two axes; "
+            f"tokens must have shape {outputs.shape[:2]}"
+        )
 
 
 def token_logprobs(
@@ -34,13 +78,16 @@ def token_logprobs(
     """log p(token t | tokens before t), in nats. [B, T, V], [B, T] -> [B, T]; entry 0 is 0.
 
     The temperature divides the logits: the one that sampled must be the one that scores.
+    Raises ValueError if tokens and logits differ in shape.
     """
+    _check_tokens(tokens, "logits", logits)
     logits = align(logits).astype(jnp.float32) / temperature
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    return _from_first(jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0])
+    return _without_first(jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0])
 
 
 def _chunk_logprobs(hidden, unembedding, tokens, temperature, softcap):
+    """Log-probabilities and entropies of the positions of one chunk, [B, C] each."""
     logits = jnp.einsum(
         "bcd,dv->bcv",
         hidden,
@@ -53,10 +100,10 @@ def _chunk_logprobs(hidden, unembedding, tokens, temperature, softcap):
     logits = logits / temperature
     total = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    # Entropy is a measurement, never an objective here; without its gradient the backward pass
-    # stays one softmax.
-    known = jax.lax.stop_gradient(logits - total[..., None])
-    entropy = -jnp.sum(jnp.exp(known) * known, axis=-1)
+    # Entropy is a measurement here, never an objective; without its gradient the backward pass
+    # needs only one softmax.
+    all_logprobs = jax.lax.stop_gradient(logits - total[..., None])
+    entropy = -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
     return chosen - total, entropy
 
 
@@ -71,18 +118,20 @@ def chunked_token_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`token_logprobs` of the final hidden states, and the entropy, without a [B, T, V] array.
 
-    [B, T, D], [D, V], [B, T] -> ([B, T], [B, T]), nats, float32; entry 0 of both is 0. The
-    vocabulary is reached `chunk` positions of every row at a time (so that a batch split over
-    devices stays split), forward and backward: the backward pass computes the chunk's logits
-    again. `softcap` is Gemma's c * tanh(logits / c). The entropy carries no gradient.
+    [B, T, D], [D, V], [B, T] -> ([B, T], [B, T]), in nats, float32; entry 0 of both is 0. Logits
+    are computed for `chunk` positions of every row at a time (so that a batch split over devices
+    stays split), in the forward pass and again in the backward pass. `softcap` is Gemma's
+    c * tanh(logits / c). The entropy carries no gradient.
+    Raises ValueError if tokens and hidden states differ in shape.
     """
+    _check_tokens(tokens, "hidden", hidden)
     batch, length, width = hidden.shape
     hidden = align(hidden)
     if length <= chunk:
         logprobs, entropy = _chunk_logprobs(hidden, unembedding, tokens, temperature, softcap)
-        return _from_first(logprobs), _from_first(entropy)
+        return _without_first(logprobs), _without_first(entropy)
     chunks = -(-length // chunk)
-    chunk = -(-length // chunks)  # equal pieces: fewer than `chunks` positions of padding
+    chunk = -(-length // chunks)  # equal chunks: fewer than `chunks` positions of padding
     pad = chunks * chunk - length
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
     padded = jnp.pad(tokens, ((0, 0), (0, pad)))
@@ -90,25 +139,35 @@ def chunked_token_logprobs(
     padded = padded.reshape(batch, chunks, chunk).swapaxes(0, 1)
 
     @jax.checkpoint
-    def one(unembedding, temperature, piece):
-        return _chunk_logprobs(piece[0], unembedding, piece[1], temperature, softcap)
+    def of_chunk(unembedding, temperature, hidden, tokens):
+        return _chunk_logprobs(hidden, unembedding, tokens, temperature, softcap)
+
+    def joined(x):
+        return _without_first(x.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :length])
 
     logprobs, entropy = jax.lax.map(
-        lambda piece: one(unembedding, temperature, piece), (hidden, padded)
+        lambda arrays: of_chunk(unembedding, temperature, *arrays), (hidden, padded)
     )
-    join = lambda x: x.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :length]  # noqa: E731
-    return _from_first(join(logprobs)), _from_first(join(entropy))
+    return joined(logprobs), joined(entropy)
+
+
+# ---------------------------------------------------------------------------- masked sums and means
 
 
 def masked_sum(x: Array, mask: Array, axis=None) -> Array:
-    """Sum of x where mask is 1; what x holds elsewhere, NaN included, does not count."""
-    return jnp.sum(jnp.where(mask > 0, x.astype(jnp.float32) * mask, 0.0), axis=axis)
+    """Sum of x over the entries where mask is 1, float32. x and mask have the same shape.
+
+    Other entries of x, NaN included, do not count.
+    """
+    x, mask = matched(x=x, mask=mask)
+    return jnp.sum(jnp.where(mask > 0, x * mask, 0.0), axis=axis)
 
 
 def masked_mean(x: Array, mask: Array, axis=None) -> Array:
-    """Mean of x over the entries where mask is 1, float32. An empty mean is 0.
+    """Mean of x over the entries where mask is 1, float32; 0 for an empty mask.
 
-    Under jit the sums run over the global array, so mesh shape and padding cannot change it.
+    x and mask have the same shape. Under jit the sums run over the global array, so neither the
+    shape of the mesh nor padding can change the mean.
     """
     count = jnp.sum(mask.astype(jnp.float32), axis=axis)
     return masked_sum(x, mask, axis) / jnp.maximum(count, 1.0)
@@ -117,14 +176,15 @@ def masked_mean(x: Array, mask: Array, axis=None) -> Array:
 def masked_whiten(
     x: Array, mask: Array, shift_mean: bool = True, unbiased: bool = False, eps: Scalar = 1e-8
 ) -> Array:
-    """x to variance 1 (and mean 0 if `shift_mean`) over the mask; 0 outside it.
+    """Scales x to variance 1 (and shifts it to mean 0 if `shift_mean`) over the mask, float32.
 
-    Population variance by default, `eps` inside the square root (Huang et al. 2023, item 18);
-    `unbiased=True` divides by n - 1 as TRL and verl do.
+    The result is 0 outside the mask. Population variance by default, with `eps` inside the square
+    root (Huang et al. 2023, item 18); `unbiased=True` divides by n - 1 as TRL and verl do.
     """
-    x = jnp.where(mask > 0, x, 0.0)  # 0 times NaN would reach the gradient of every entry
+    x, mask = matched(x=x, mask=mask)
+    x = jnp.where(mask > 0, x, 0.0)  # otherwise 0 times NaN would reach every entry's gradient
     mean = masked_mean(x, mask)
-    count = jnp.sum(mask.astype(jnp.float32))
+    count = jnp.sum(mask)
     variance = masked_mean(jnp.square(x - mean), mask)
     if unbiased:
         variance = variance * count / jnp.maximum(count - 1.0, 1.0)
@@ -132,71 +192,107 @@ def masked_whiten(
     return jnp.where(mask > 0, whitened if shift_mean else whitened + mean, 0.0)
 
 
+# ---------------------------------------------------------------------------- losses of comparisons
+
+
 def rank_loss(
     *, chosen: Float[Array, " B"], rejected: Float[Array, " B"], margin: Array | float = 0.0
 ) -> Float[Array, " B"]:
-    """-log sigmoid(chosen - rejected - margin), nats per pair. [B], [B] -> [B].
+    """-log sigmoid(chosen - rejected - margin), in nats per pair. [B], [B] -> [B].
 
-    Bradley-Terry; the margin is Llama 2's (arXiv:2307.09288, eq. 2).
+    This is the Bradley-Terry model; the margin, a number or [B], is Llama 2's (arXiv:2307.09288,
+    eq. 2).
+    Raises ValueError if shapes differ.
     """
-    return -jax.nn.log_sigmoid(chosen - rejected - margin)
+    if jnp.ndim(margin) == 0:
+        margin = jnp.full(jnp.shape(chosen), margin, jnp.float32)
+    chosen, rejected, margin = matched(chosen=chosen, rejected=rejected, margin=margin)
+    return _entrywise(lambda gap: -jax.nn.log_sigmoid(gap), chosen - rejected - margin)
 
 
 def centring_penalty(
-    *, chosen: Float[Array, " B"], rejected: Float[Array, " B"]
-) -> Float[Array, " B"]:
-    """(chosen + rejected)^2: pulls the scores of a pair towards mean 0 (Eisenstein et al. 2023)."""
-    return jnp.square(chosen + rejected)
+    *, chosen: Float[Array, "*#n"], rejected: Float[Array, "*#n"]
+) -> Float[Array, "..."]:
+    """(chosen + rejected)^2: pulls the scores of a pair towards mean 0 (Eisenstein et al. 2023).
+
+    Any shape; axes of size 1 are broadcast, so that [B, K, 1] and [B, 1, K] give the penalty of
+    every pair of K responses, [B, K, K]. Raises ValueError if the numbers of axes differ.
+    """
+    if jnp.ndim(chosen) != jnp.ndim(rejected):
+        raise ValueError(
+            f"chosen {jnp.shape(chosen)} and rejected {jnp.shape(rejected)} must have the same "
+            "number of axes"
+        )
+    total = jnp.asarray(chosen, jnp.float32) + jnp.asarray(rejected, jnp.float32)
+    return _entrywise(jnp.square, total)
 
 
-def ranked_pairs(ranks: Int[Array, "B K"], mask: Float[Array, "B K"]) -> Float[Array, "B K K"]:
-    """1 at [b, i, j] where response i is ranked better than j and both are present."""
-    present = mask[:, :, None] * mask[:, None, :]
-    return present * (ranks[:, :, None] < ranks[:, None, :])
+def ranked_pairs(ranks: Int[Array, "B K"], present: Float[Array, "B K"]) -> Float[Array, "B K K"]:
+    """1 at [b, i, j] where response i is ranked better than j and both are present, else 0."""
+    _, present = matched(ranks=ranks, present=present)
+    both = present[:, :, None] * present[:, None, :]
+    return both * (ranks[:, :, None] < ranks[:, None, :])
 
 
 def kwise_rank_loss(
     scores: Float[Array, "B K"],
     ranks: Int[Array, "B K"],
-    mask: Float[Array, "B K"],
+    present: Float[Array, "B K"],
     margin: Array | float = 0.0,
 ) -> Float[Array, " B"]:
     """Mean rank loss over the pairs of each prompt whose ranks differ. [B, K] x 3 -> [B], nats.
 
-    InstructGPT (arXiv:2203.02155, eq. 1): all C(K, 2) comparisons of a prompt are one element,
-    divided by their number. Rank 0 is best; equal ranks are ties and make no pair, so the divisor
-    is the number of pairs that differ. A prompt with no pair gives 0. `margin`: a number, [B], or
-    [B, K, K] for each pair (better, worse).
+    InstructGPT (arXiv:2203.02155, eq. 1): the mean over all C(K, 2) comparisons of a prompt. Rank 0
+    is best; equal ranks are ties and make no pair, so the mean is over the pairs that differ. A
+    prompt with no pair gives 0. `present` is 1 where there is a response. `margin`: a number, [B],
+    or [B, K, K] for each pair (better, worse).
+    Raises ValueError if shapes differ.
     """
-    pairs = ranked_pairs(ranks, mask)
-    scores = jnp.where(mask > 0, scores, 0.0)  # 0 times NaN would reach the gradient of its pairs
+    scores, _, present = matched(scores=scores, ranks=ranks, present=present)
+    pairs = ranked_pairs(ranks, present)
     margin = jnp.asarray(margin, jnp.float32)
-    margin = margin if margin.ndim == 3 else margin.reshape(-1, 1, 1)
-    losses = -jax.nn.log_sigmoid(scores[:, :, None] - scores[:, None, :] - margin)
-    return masked_mean(losses, pairs, axis=(1, 2))
+    if margin.shape not in ((), pairs.shape[:1], pairs.shape):
+        raise ValueError(
+            f"margin {margin.shape} must be a number, one per prompt {pairs.shape[:1]} or one per "
+            f"pair of responses {pairs.shape}"
+        )
+    if margin.ndim == 1:
+        margin = margin[:, None, None]
+    # Otherwise 0 times NaN would reach the gradient of the present responses.
+    scores = jnp.where(present > 0, scores, 0.0)
+    margin = jnp.where(pairs > 0, margin, 0.0)
+    terms = -jax.nn.log_sigmoid(scores[:, :, None] - scores[:, None, :] - margin)
+    return masked_mean(terms, pairs, axis=(1, 2))
 
 
 def plackett_luce_loss(
-    scores: Float[Array, "B K"], ranks: Int[Array, "B K"], mask: Float[Array, "B K"]
+    scores: Float[Array, "B K"], ranks: Int[Array, "B K"], present: Float[Array, "B K"]
 ) -> Float[Array, " B"]:
-    """-log P(ranking) under Plackett-Luce, nats per prompt. [B, K] x 3 -> [B].
+    """-log P(ranking) under the Plackett-Luce model, in nats per prompt. [B, K] x 3 -> [B].
 
-    Each response but the worst is chosen by softmax among itself and those ranked worse; K = 2 is
-    Bradley-Terry. Tied responses do not compete with each other (a tie says nothing of their
-    order). A prompt without a pair that differs gives 0.
+    Each response but the worst is chosen by a softmax among itself and those ranked worse; K = 2 is
+    Bradley-Terry. Tied responses do not compete with each other (a tie says nothing about their
+    order). A prompt without a pair that differs gives 0. `present` is 1 where there is a response.
+    Raises ValueError if shapes differ.
     """
-    pairs = ranked_pairs(ranks, mask)
-    field = jnp.where(pairs > 0, scores[:, None, :], -jnp.inf)
-    field = jnp.concatenate([scores[:, :, None], field], axis=2)
-    stages = jax.nn.logsumexp(field, axis=2) - scores
-    return masked_sum(stages, jnp.max(pairs, axis=2), axis=1)
+    scores, _, present = matched(scores=scores, ranks=ranks, present=present)
+    scores = jnp.where(present > 0, scores, 0.0)  # otherwise 0 times NaN would reach the gradient
+    pairs = ranked_pairs(ranks, present)
+    worse = jnp.where(pairs > 0, scores[:, None, :], -jnp.inf)
+    competing = jnp.concatenate([scores[:, :, None], worse], axis=2)
+    terms = jax.nn.logsumexp(competing, axis=2) - scores
+    return masked_sum(terms, jnp.max(pairs, axis=2), axis=1)
 
 
 def score_regression_loss(
     *, scores: Float[Array, "*n"], targets: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
-    """(scores - targets)^2 elementwise, no factor 1/2."""
-    return jnp.square(scores - targets)
+    """(scores - targets)^2 for each entry, without a factor 1/2. Raises if shapes differ."""
+    scores, targets = matched(scores=scores, targets=targets)
+    return _entrywise(jnp.square, scores - targets)
+
+
+# ----------------------------------------------------------------------- losses of policy and value
 
 
 def clipped_policy_loss(
@@ -207,15 +303,24 @@ def clipped_policy_loss(
     clip_eps: Scalar,
     clip_eps_high: Scalar | None = None,
 ) -> Float[Array, "B T"]:
-    """PPO's clipped surrogate, negated, per token. All [B, T] -> [B, T].
+    """PPO's clipped surrogate objective, negated, per token. All [B, T] -> [B, T].
 
     Schulman et al. 2017 (arXiv:1707.06347), eq. 7; `clip_eps_high` loosens the upper side (DAPO,
-    arXiv:2503.14476). Not reduced: the caller chooses the mean.
+    arXiv:2503.14476). The log-ratio logprobs - old_logprobs is clamped at +-20 (`MAX_LOG_RATIO`).
+    Not reduced: the caller chooses the mean. Raises ValueError if shapes differ.
     """
-    ratio = jnp.exp(logprobs - old_logprobs)
+    logprobs, old_logprobs, advantages = matched(
+        logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
+    )
     high = clip_eps if clip_eps_high is None else clip_eps_high
-    clipped = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + high)
-    return -jnp.minimum(ratio * advantages, clipped * advantages)
+
+    def loss(log_ratio, advantages):
+        ratio = jnp.exp(log_ratio)
+        clipped = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + high)
+        return -jnp.minimum(ratio * advantages, clipped * advantages)
+
+    log_ratio = jnp.clip(logprobs - old_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return _entrywise(loss, log_ratio, advantages)
 
 
 def clipped_value_loss(
@@ -227,29 +332,56 @@ def clipped_value_loss(
 ) -> Float[Array, "B T"]:
     """1/2 max((V - G)^2, (V_old + clip(V - V_old, +-eps) - G)^2), per token. All [B, T] -> [B, T].
 
-    OpenAI baselines' form (Huang et al. 2023, item 19), the factor 1/2 included.
+    OpenAI baselines' form (Huang et al. 2023, item 19), including the factor 1/2.
+    Raises ValueError if shapes differ.
     """
+    values, old_values, returns = matched(values=values, old_values=old_values, returns=returns)
     clipped = old_values + jnp.clip(values - old_values, -clip_eps, clip_eps)
-    return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns))
+    return _entrywise(
+        lambda error, clipped_error: (
+            0.5 * jnp.maximum(jnp.square(error), jnp.square(clipped_error))
+        ),
+        values - returns,
+        clipped - returns,
+    )
+
+
+# ------------------------------------------------------------------------------------- divergences
 
 
 def kl_k1(
     *, logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Schulman's k1, log p - log p_ref: unbiased for tokens drawn from p, may be negative."""
+    """Schulman's k1, log p - log p_ref, in nats per token: unbiased for tokens drawn from p.
+
+    May be negative for a single token. Raises ValueError if shapes differ.
+    """
+    logprobs, ref_logprobs = matched(logprobs=logprobs, ref_logprobs=ref_logprobs)
     return logprobs - ref_logprobs
 
 
 def kl_k2(
     *, logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Schulman's k2, (log p - log p_ref)^2 / 2: biased, low variance, its gradient is the KL's."""
-    return 0.5 * jnp.square(logprobs - ref_logprobs)
+    """Schulman's k2, (log p - log p_ref)^2 / 2, in nats per token.
+
+    Biased, of low variance, and its gradient is that of the KL divergence. Raises ValueError if
+    shapes differ.
+    """
+    return _entrywise(
+        lambda difference: 0.5 * jnp.square(difference),
+        kl_k1(logprobs=logprobs, ref_logprobs=ref_logprobs),
+    )
 
 
 def kl_k3(
     *, logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Schulman's k3, r - 1 - log r with r = p_ref / p: unbiased and never negative."""
-    difference = ref_logprobs - logprobs
-    return jnp.expm1(difference) - difference
+    """Schulman's k3, r - 1 - log r with r = p_ref / p, in nats per token.
+
+    Unbiased for tokens drawn from p, and never negative. Raises ValueError if shapes differ.
+    """
+    return _entrywise(
+        lambda difference: jnp.expm1(difference) - difference,
+        -kl_k1(logprobs=logprobs, ref_logprobs=ref_logprobs),
+    )

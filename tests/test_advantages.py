@@ -51,9 +51,9 @@ def by_double_sum(mask, discount, gae_lambda):
 @pytest.mark.parametrize("discount", [1.0, 0.9])
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])
 def test_gae_is_the_double_sum_of_schulman_et_al(discount, gae_lambda):
-    gains, returns = gae(discount=discount, gae_lambda=gae_lambda)
+    advantage, returns = gae(discount=discount, gae_lambda=gae_lambda)
     expected = by_double_sum(MASK, discount, gae_lambda)
-    np.testing.assert_allclose(gains, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(advantage, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(returns, (expected + VALUES) * MASK, rtol=1e-5, atol=1e-6)
 
 
@@ -75,27 +75,33 @@ def test_gae_is_the_weighted_mean_of_the_k_step_estimates():
 
 
 def test_with_lambda_and_discount_1_the_advantage_is_the_rewards_to_come_minus_the_value():
-    gains, returns = gae(discount=1.0, gae_lambda=1.0)
+    advantage, returns = gae(discount=1.0, gae_lambda=1.0)
     to_come = np.cumsum((REWARDS * MASK)[:, ::-1], axis=1)[:, ::-1]
-    np.testing.assert_allclose(gains, (to_come - VALUES) * MASK, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(advantage, (to_come - VALUES) * MASK, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(returns, to_come * MASK, rtol=1e-5, atol=1e-6)
 
 
 def test_with_lambda_0_the_advantage_is_the_error_of_one_step():
-    gains, _ = gae(gae_lambda=0.0, discount=0.5)
+    advantage, _ = gae(gae_lambda=0.0, discount=0.5)
     # The row of one token has no next value; the row of three ends after its third.
-    np.testing.assert_allclose(gains[3, 5], REWARDS[3, 5] - VALUES[3, 5], rtol=1e-5)
+    np.testing.assert_allclose(advantage[3, 5], REWARDS[3, 5] - VALUES[3, 5], rtol=1e-5)
     error = REWARDS[1, 4] + 0.5 * VALUES[1, 5] - VALUES[1, 4]
-    np.testing.assert_allclose(gains[1, 4], error, rtol=1e-5)
-    np.testing.assert_allclose(gains[1, 5], REWARDS[1, 5] - VALUES[1, 5], rtol=1e-5)
+    np.testing.assert_allclose(advantage[1, 4], error, rtol=1e-5)
+    np.testing.assert_allclose(advantage[1, 5], REWARDS[1, 5] - VALUES[1, 5], rtol=1e-5)
 
 
 def test_inactive_positions_between_active_ones_are_stepped_over():
     mask = MASK.copy()
     mask[0, 4:6] = 0
-    gains, returns = gae(mask=mask)
-    np.testing.assert_allclose(gains, by_double_sum(mask, 0.9, 0.7), rtol=1e-5, atol=1e-6)
+    advantage, returns = gae(mask=mask)
+    np.testing.assert_allclose(advantage, by_double_sum(mask, 0.9, 0.7), rtol=1e-5, atol=1e-6)
     assert (np.asarray(returns)[mask == 0] == 0).all()
+
+
+def test_a_kl_that_is_not_finite_on_padding_does_not_reach_the_gradient_of_the_coefficient():
+    dirty = np.where(MASK > 0, VALUES, np.nan)
+    grad = jax.grad(lambda coef: shaped("last", coef, dirty).sum())(0.1)
+    np.testing.assert_allclose(grad, -(VALUES * MASK).sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
@@ -106,10 +112,10 @@ def test_what_stands_on_padding_reaches_neither_advantages_nor_their_gradients(b
     weights = floats(RNG.normal(size=MASK.shape))
 
     def weighted(rewards, values):
-        gains, returns = advantages.gae(
+        advantage, returns = advantages.gae(
             rewards=rewards, values=values, mask=floats(MASK), discount=0.9, gae_lambda=0.7
         )
-        return jnp.sum(weights * (gains + 2 * returns))
+        return jnp.sum(weights * (advantage + 2 * returns))
 
     clean = jax.grad(weighted, (0, 1))(floats(REWARDS), floats(VALUES))
     other = jax.grad(weighted, (0, 1))(*map(floats, dirty))
@@ -171,6 +177,50 @@ def test_a_kl_that_is_not_finite_on_padding_does_not_reach_the_rewards():
     np.testing.assert_array_equal(shaped("after_eos", kl=dirty), shaped("after_eos"))
 
 
+@pytest.mark.parametrize("score_at, place", [("last", 5), ("after_eos", 6)])
+def test_the_score_is_paid_once_at_the_last_token_of_a_row_whose_mask_has_gaps(score_at, place):
+    mask = floats([[1, 1, 0, 0, 1, 1, 0], [0, 1, 0, 1, 0, 0, 0]])
+    rewards = advantages.shaped_rewards(
+        scores=jnp.array([1.0, -2.0]),
+        kl=jnp.zeros((2, 7)),
+        mask=mask,
+        kl_coef=0.1,
+        score_at=score_at,
+    )
+    expected = np.zeros((2, 7))
+    expected[0, place], expected[1, place - 2] = 1.0, -2.0
+    np.testing.assert_array_equal(rewards, expected)
+
+
+def test_the_extended_mask_of_a_row_with_gaps_grows_only_after_its_last_token():
+    mask = floats([[1, 1, 0, 0, 1, 1, 0], [0, 1, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 1]])
+    np.testing.assert_array_equal(
+        advantages.extend_after_eos(mask),
+        [[1, 1, 0, 0, 1, 1, 1], [0, 1, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0, 1]],
+    )
+
+
+def test_rewards_and_advantages_of_bfloat16_arrays_are_computed_in_float32():
+    scores, kl, values = (
+        jnp.asarray(RNG.normal(size=shape), jnp.bfloat16) for shape in (5, (5, 8), (5, 8))
+    )
+
+    def both(dtype):
+        mask = jnp.asarray(MASK, dtype)
+        rewards = advantages.shaped_rewards(
+            scores=scores.astype(dtype), kl=kl.astype(dtype), mask=mask, kl_coef=0.1
+        )
+        rest = advantages.gae(
+            rewards=rewards, values=values.astype(dtype), mask=mask, discount=0.9, gae_lambda=0.7
+        )
+        groups = values.astype(dtype)
+        return rewards, *rest, advantages.leave_one_out(groups), advantages.group_normalised(groups)
+
+    for actual, expected in zip(both(jnp.bfloat16), both(jnp.float32)):
+        assert actual.dtype == expected.dtype == jnp.float32
+        np.testing.assert_array_equal(actual, expected)
+
+
 def test_the_extended_mask_has_one_more_position_where_there_is_room():
     lengths = np.asarray(advantages.extend_after_eos(floats(MASK))).sum(axis=1)
     np.testing.assert_array_equal(lengths, [6, 4, 8, 2, 0])
@@ -223,3 +273,22 @@ def test_a_group_whose_scores_are_all_equal_gives_0():
 def test_a_group_of_one_is_refused(baseline):
     with pytest.raises(ValueError, match=r"K >= 2 samples of each prompt, got K=1"):
         baseline(jnp.ones((3, 1)))
+
+
+@pytest.mark.parametrize("baseline", [advantages.leave_one_out, advantages.group_normalised])
+def test_scores_that_are_not_grouped_by_prompt_are_refused_with_the_remedy(
+    baseline, no_shape_checks
+):
+    with pytest.raises(ValueError, match=r"scores \(8,\) must be \[B, K\].*reshape\(-1, K\)"):
+        baseline(jnp.ones(8))
+
+
+def test_rewards_of_different_shapes_are_refused(no_shape_checks):
+    table = jnp.ones((3, 4))
+    for scores, kl in ((jnp.ones(1), table), (jnp.ones((3, 1)), table), (jnp.ones(3), table[:1])):
+        with pytest.raises(
+            ValueError, match=r"scores \(.*mask \(3, 4\)|kl \(1, 4\), mask \(3, 4\)"
+        ):
+            advantages.shaped_rewards(scores=scores, kl=kl, mask=table, kl_coef=0.1)
+    with pytest.raises(ValueError, match=r"rewards \(3, 4\), values \(3, 1\), mask \(3, 4\)"):
+        advantages.gae(rewards=table, values=table[:, :1], mask=table, discount=1.0, gae_lambda=1.0)

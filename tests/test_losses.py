@@ -48,24 +48,24 @@ def estimates(score_at):
     rewards = advantages.shaped_rewards(
         scores=jnp.asarray(SCORES), kl=kl, mask=mask, kl_coef=0.05, score_at=score_at
     )
-    gains, returns = advantages.gae(
+    advantage, returns = advantages.gae(
         rewards=rewards,
         values=aligned(VALUES),
         mask=value_mask,
         discount=1.0,
         gae_lambda=0.95,
     )
-    return rewards, gains, returns, mask, value_mask
+    return rewards, advantage, returns, mask, value_mask
 
 
 def test_rewards_advantages_and_returns_are_those_of_trl_1():
-    rewards, gains, returns, _, _ = estimates("after_eos")
+    rewards, advantage, returns, _, _ = estimates("after_eos")
     second = (-0.410231, -0.331822, -0.659812, -0.57875, -0.825)
     printed(
         rewards,
         aligned([(-0.01, 0.005, -0.005, 1.0, 0.0), (0.005, -0.005, -0.01, 0.005, -0.525)]),
     )
-    printed(gains, aligned([(0.789912, 0.73675, 0.665, 0.6, 0.0), second]))
+    printed(advantage, aligned([(0.789912, 0.73675, 0.665, 0.6, 0.0), second]))
     printed(
         returns,
         aligned(
@@ -78,16 +78,16 @@ def test_rewards_advantages_and_returns_are_those_of_trl_1():
 
 
 def test_advantages_with_the_score_on_the_last_token_are_those_of_trl_0_9_openrlhf_and_verl():
-    rewards, gains, _, _, _ = estimates("last")
+    rewards, advantage, _, _, _ = estimates("last")
     printed(rewards[0], aligned([(-0.01, 0.005, 0.995)])[0])
-    printed(gains[0], aligned([(0.816987, 0.76525, 0.695)])[0])
-    printed(gains[1], estimates("after_eos")[1][1])
+    printed(advantage[0], aligned([(0.816987, 0.76525, 0.695)])[0])
+    printed(advantage[1], estimates("after_eos")[1][1])
 
 
 def test_whitened_advantages_are_those_of_trl_1():
-    _, gains, _, mask, _ = estimates("after_eos")
+    _, advantage, _, mask, _ = estimates("after_eos")
     printed(
-        losses.masked_whiten(gains, mask, unbiased=True),
+        losses.masked_whiten(advantage, mask, unbiased=True),
         aligned(
             [
                 (1.263919, 1.186388, 1.081749, 0.0, 0.0),
@@ -98,9 +98,9 @@ def test_whitened_advantages_are_those_of_trl_1():
 
 
 def test_whitened_advantages_are_those_of_trl_0_9_and_verl_by_the_unbiased_variance():
-    _, gains, _, mask, _ = estimates("last")
+    _, advantage, _, mask, _ = estimates("last")
     printed(
-        losses.masked_whiten(gains, mask, unbiased=True),
+        losses.masked_whiten(advantage, mask, unbiased=True),
         aligned(
             [
                 (1.261381, 1.187476, 1.087127),
@@ -111,9 +111,9 @@ def test_whitened_advantages_are_those_of_trl_0_9_and_verl_by_the_unbiased_varia
 
 
 def test_whitened_advantages_are_those_of_openrlhf_by_the_population_variance():
-    _, gains, _, mask, _ = estimates("last")
+    _, advantage, _, mask, _ = estimates("last")
     printed(
-        losses.masked_whiten(gains, mask),
+        losses.masked_whiten(advantage, mask),
         aligned(
             [
                 (1.348473, 1.269465, 1.162187),
@@ -124,14 +124,14 @@ def test_whitened_advantages_are_those_of_openrlhf_by_the_population_variance():
 
 
 def test_policy_and_value_losses_are_those_of_trl_1():
-    _, gains, returns, mask, value_mask = estimates("after_eos")
+    _, advantage, returns, mask, value_mask = estimates("after_eos")
     old = aligned(LOGPROBS)
     old_values = aligned(VALUES) * value_mask
     policy = losses.masked_mean(
         losses.clipped_policy_loss(
             logprobs=old + aligned(CHANGE),
             old_logprobs=old,
-            advantages=losses.masked_whiten(gains, mask, unbiased=True),
+            advantages=losses.masked_whiten(advantage, mask, unbiased=True),
             clip_eps=0.2,
         ),
         mask,
@@ -239,23 +239,23 @@ def test_whitening_gives_mean_0_and_variance_1_over_the_mask_and_0_outside_it():
 # --------------------------------------------------------------------------------- ranking losses
 
 
-def brute_force_rank_loss(scores, ranks, mask, margin):
+def brute_force_rank_loss(scores, ranks, present, margin):
     """Mean over the pairs of one prompt whose ranks differ, or 0."""
     pairs = []
     for i, j in itertools.permutations(range(len(scores)), 2):
-        if mask[i] and mask[j] and ranks[i] < ranks[j]:
+        if present[i] and present[j] and ranks[i] < ranks[j]:
             pairs.append(math.log1p(math.exp(-(scores[i] - scores[j] - margin))))
     return sum(pairs) / len(pairs) if pairs else 0.0
 
 
-def brute_force_plackett_luce(scores, ranks, mask):
+def brute_force_plackett_luce(scores, ranks, present):
     """-log of the product, over responses that beat another, of exp(s) / (exp(s) + worse ones)."""
     product = 1.0
     for i in range(len(scores)):
         worse = [
             math.exp(scores[j])
             for j in range(len(scores))
-            if mask[i] and mask[j] and ranks[j] > ranks[i]
+            if present[i] and present[j] and ranks[j] > ranks[i]
         ]
         if worse:
             product *= math.exp(scores[i]) / (math.exp(scores[i]) + sum(worse))
@@ -273,9 +273,13 @@ TABLES = [x.tolist() for x in (SCORED, RANKS, PRESENT)]
 
 
 def test_kwise_rank_loss_is_the_mean_over_the_pairs_that_differ():
-    for margin in (0.0, jnp.array([0.0, 0.5, 0.2, 1.0, 0.3])):
+    margins = jnp.array([0.0, 0.5, 0.2, 1.0, 0.3])
+    for margin in (0.0, jnp.broadcast_to(margins[:, None, None], (5, 4, 4)), margins):
         expected = [
-            brute_force_rank_loss(*row) for row in zip(*TABLES, np.broadcast_to(margin, 5).tolist())
+            brute_force_rank_loss(*row)
+            for row in zip(
+                *TABLES, np.broadcast_to(0.0 if isinstance(margin, float) else margins, 5).tolist()
+            )
         ]
         actual = losses.kwise_rank_loss(SCORED, RANKS, PRESENT, margin)
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
@@ -329,6 +333,142 @@ def test_score_regression_is_the_squared_error():
         scores=jnp.array([1.0, -2.0]), targets=jnp.array([3, 0.5])
     )
     np.testing.assert_allclose(actual, [4.0, 6.25])
+
+
+def test_the_centring_penalty_of_every_pair_is_that_of_its_two_scores():
+    every = losses.centring_penalty(chosen=SCORED[:, :, None], rejected=SCORED[:, None, :])
+    for i, j in itertools.product(range(4), repeat=2):
+        pair = losses.centring_penalty(chosen=SCORED[:, i], rejected=SCORED[:, j])
+        np.testing.assert_allclose(every[:, i, j], pair, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------- shapes, types, extremes
+
+ONE, COLUMN, TABLE = jnp.ones(4), jnp.ones((4, 1)), jnp.ones((4, 3))
+COUNTED = jnp.ones((4, 3), jnp.int32)
+WRONG = {
+    "rank_loss": (
+        lambda: losses.rank_loss(chosen=ONE, rejected=COLUMN),
+        r"chosen \(4,\), rejected \(4, 1\)",
+    ),
+    "rank_loss, margin": (
+        lambda: losses.rank_loss(chosen=ONE, rejected=ONE, margin=COLUMN),
+        r"margin \(4, 1\)",
+    ),
+    "centring_penalty": (
+        lambda: losses.centring_penalty(chosen=ONE, rejected=COLUMN),
+        r"chosen \(4,\) and rejected \(4, 1\) must have the same number of axes",
+    ),
+    "ranked_pairs": (
+        lambda: losses.ranked_pairs(COUNTED[:1], TABLE),
+        r"ranks \(1, 3\), present \(4, 3\)",
+    ),
+    "kwise_rank_loss": (
+        lambda: losses.kwise_rank_loss(TABLE[:, :1], COUNTED, TABLE),
+        r"scores \(4, 1\), ranks \(4, 3\), present \(4, 3\)",
+    ),
+    "kwise_rank_loss, margin": (
+        lambda: losses.kwise_rank_loss(TABLE, COUNTED, TABLE, COLUMN),
+        r"margin \(4, 1\) must be a number, one per prompt \(4,\) or one per pair",
+    ),
+    "plackett_luce_loss": (
+        lambda: losses.plackett_luce_loss(TABLE, COUNTED, TABLE[:1]),
+        r"scores \(4, 3\), ranks \(4, 3\), present \(1, 3\)",
+    ),
+    "score_regression_loss": (
+        lambda: losses.score_regression_loss(scores=COLUMN, targets=ONE),
+        r"scores \(4, 1\), targets \(4,\)",
+    ),
+    "clipped_policy_loss": (
+        lambda: losses.clipped_policy_loss(
+            logprobs=TABLE, old_logprobs=TABLE, advantages=COLUMN, clip_eps=0.2
+        ),
+        r"logprobs \(4, 3\), old_logprobs \(4, 3\), advantages \(4, 1\)",
+    ),
+    "clipped_value_loss": (
+        lambda: losses.clipped_value_loss(
+            values=TABLE, old_values=TABLE, returns=COLUMN, clip_eps=0.2
+        ),
+        r"values \(4, 3\), old_values \(4, 3\), returns \(4, 1\)",
+    ),
+    "kl_k1": (lambda: losses.kl_k1(logprobs=TABLE, ref_logprobs=COLUMN), r"ref_logprobs \(4, 1\)"),
+    "kl_k2": (lambda: losses.kl_k2(logprobs=TABLE, ref_logprobs=COLUMN), r"ref_logprobs \(4, 1\)"),
+    "kl_k3": (lambda: losses.kl_k3(logprobs=TABLE, ref_logprobs=COLUMN), r"ref_logprobs \(4, 1\)"),
+    "masked_mean": (lambda: losses.masked_mean(TABLE, COLUMN), r"x \(4, 3\), mask \(4, 1\)"),
+    "masked_sum": (lambda: losses.masked_sum(TABLE, TABLE[0]), r"x \(4, 3\), mask \(3,\)"),
+    "masked_whiten": (lambda: losses.masked_whiten(COLUMN, ONE), r"x \(4, 1\), mask \(4,\)"),
+    "token_logprobs": (
+        lambda: losses.token_logprobs(jnp.ones((4, 3, 5)), COUNTED[:1]),
+        r"tokens \(1, 3\) and logits \(4, 3, 5\) differ",
+    ),
+    "chunked_token_logprobs": (
+        lambda: losses.chunked_token_logprobs(
+            jnp.ones((4, 3, 2)), jnp.ones((2, 5)), COUNTED[:, :1]
+        ),
+        r"tokens \(4, 1\) and hidden \(4, 3, 2\) differ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_arguments_of_different_shapes_are_refused_by_name_instead_of_broadcast(
+    name, no_shape_checks
+):
+    call, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+    with pytest.raises(ValueError, match=message):  # also when traced
+        jax.eval_shape(call)
+
+
+def halves(*shape, seed=0):
+    """Numbers that bfloat16 holds exactly, so that only the arithmetic can differ."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16)
+
+
+IN_BFLOAT16 = {
+    "rank_loss": lambda x: losses.rank_loss(chosen=x[0, 0], rejected=x[1, 0], margin=x[2, 0]),
+    "centring_penalty": lambda x: losses.centring_penalty(chosen=x[0], rejected=x[1]),
+    "kwise_rank_loss": lambda x: losses.kwise_rank_loss(x[0], RANKS, jnp.ones_like(x[0])),
+    "plackett_luce_loss": lambda x: losses.plackett_luce_loss(x[0], RANKS, jnp.ones_like(x[0])),
+    "score_regression_loss": lambda x: losses.score_regression_loss(scores=x[0], targets=x[1]),
+    "clipped_policy_loss": lambda x: losses.clipped_policy_loss(
+        logprobs=x[0], old_logprobs=x[1], advantages=x[2], clip_eps=0.2
+    ),
+    "clipped_value_loss": lambda x: losses.clipped_value_loss(
+        values=x[0], old_values=x[1], returns=x[2], clip_eps=0.2
+    ),
+    "kl_k1": lambda x: losses.kl_k1(logprobs=x[0], ref_logprobs=x[1]),
+    "kl_k2": lambda x: losses.kl_k2(logprobs=x[0], ref_logprobs=x[1]),
+    "kl_k3": lambda x: losses.kl_k3(logprobs=x[0], ref_logprobs=x[1]),
+    "masked_whiten": lambda x: losses.masked_whiten(x[0], jnp.ones_like(x[0])),
+}
+
+
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_losses_of_bfloat16_arrays_are_computed_in_float32(name):
+    x = halves(3, 5, 4)
+    actual, expected = IN_BFLOAT16[name](x), IN_BFLOAT16[name](x.astype(jnp.float32))
+    assert actual.dtype == expected.dtype == jnp.float32
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_log_ratio_of_90_is_clamped_at_20():
+    logprobs = jnp.array([[90.0, -90.0, 90.0, 19.5]])
+
+    def loss(logprobs, advantage):
+        return losses.clipped_policy_loss(
+            logprobs=logprobs,
+            old_logprobs=jnp.zeros((1, 4)),
+            advantages=jnp.full((1, 4), advantage),
+            clip_eps=0.2,
+        )
+
+    np.testing.assert_array_equal(loss(logprobs, 0.0), np.zeros((1, 4)))
+    expected = [[math.exp(20), 0.8, math.exp(20), math.exp(19.5)]]
+    np.testing.assert_allclose(loss(logprobs, -1.0), expected, rtol=1e-5)
+    grad = jax.grad(lambda x: loss(x, -1.0).sum())(logprobs)
+    np.testing.assert_allclose(grad, [[0.0, 0.0, 0.0, math.exp(19.5)]], rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------- divergences
@@ -435,8 +575,11 @@ def test_chunked_logprobs_their_gradients_and_the_entropy_equal_the_plain_ones(c
         )
 
     arguments = (hidden, kernel, jnp.float32(0.7))
-    # The weight of entry 0 counts for nothing: its output is 0 whatever the parameters are.
-    weighted = lambda pair: (jnp.sum(weights * pair[0]), pair)  # noqa: E731
+
+    def weighted(pair):
+        # The weight of entry 0 counts for nothing: its output is 0 whatever the parameters are.
+        return jnp.sum(weights * pair[0]), pair
+
     (_, (want, _)), want_grads = compiled_gradient(lambda *x: weighted((plain(*x), 0)), arguments)
     (_, (logprobs, entropy)), grads = compiled_gradient(lambda *x: weighted(chunked(*x)), arguments)
     np.testing.assert_allclose(logprobs, want, rtol=1e-5, atol=1e-5)
@@ -450,7 +593,10 @@ def test_chunked_logprobs_their_gradients_and_the_entropy_equal_the_plain_ones(c
 
 def test_the_entropy_carries_no_gradient():
     hidden, kernel, tokens = hidden_batch(2, 7, 5, 11)
-    entropy = lambda h, k: losses.chunked_token_logprobs(h, k, tokens, chunk=3)[1].sum()  # noqa: E731
+
+    def entropy(hidden, kernel):
+        return losses.chunked_token_logprobs(hidden, kernel, tokens, chunk=3)[1].sum()
+
     for grad in jax.jit(jax.grad(entropy, (0, 1)))(hidden, kernel):
         assert (np.asarray(grad) == 0).all()
 
@@ -524,7 +670,7 @@ def test_masked_mean_of_bfloat16_is_summed_in_float32():
 
 
 MASKED = {
-    "masked_mean": lambda x, m: losses.masked_mean(jnp.square(x), m),
+    "masked_mean": lambda x, m: losses.masked_mean(x, m) ** 2,
     "masked_whiten": lambda x, m: jnp.sum(
         jnp.arange(12.0).reshape(3, 4) * losses.masked_whiten(x, m)
     ),
@@ -532,13 +678,37 @@ MASKED = {
         jnp.arange(12.0).reshape(3, 4) * losses.masked_whiten(x, m, shift_mean=False, unbiased=True)
     ),
     "kwise_rank_loss": lambda x, m: losses.kwise_rank_loss(x, RANKS[:3], m).sum(),
+    "kwise_rank_loss, its margin": lambda x, m: losses.kwise_rank_loss(
+        SCORED[:3] + 0 * jnp.where(m > 0, x, 0.0), RANKS[:3], m, x[:, :, None] - x[:, None, :]
+    ).sum(),
     "plackett_luce_loss": lambda x, m: losses.plackett_luce_loss(x, RANKS[:3], m).sum(),
+    "clipped_policy_loss, logprobs": lambda x, m: policy_loss(m, logprobs=x),
+    "clipped_policy_loss, old_logprobs": lambda x, m: policy_loss(m, old_logprobs=x),
+    "clipped_policy_loss, advantages": lambda x, m: policy_loss(m, advantages=x),
+    "clipped_value_loss": lambda x, m: losses.masked_mean(
+        losses.clipped_value_loss(values=SCORED[:3], old_values=x, returns=2 * x, clip_eps=0.2), m
+    ),
+    "kl_k1": lambda x, m: losses.masked_mean(losses.kl_k1(logprobs=x, ref_logprobs=-x), m),
+    "kl_k2": lambda x, m: losses.masked_mean(losses.kl_k2(logprobs=x, ref_logprobs=-x), m),
+    "kl_k3": lambda x, m: losses.masked_mean(losses.kl_k3(logprobs=x, ref_logprobs=-x), m),
+    "score_regression_loss": lambda x, m: losses.masked_mean(
+        losses.score_regression_loss(scores=x, targets=SCORED[:3]), m
+    ),
+    "rank_loss": lambda x, m: losses.masked_mean(
+        losses.rank_loss(chosen=x[:, 0], rejected=x[:, 1]), m[:, 0] * m[:, 1]
+    ),
 }
+
+
+def policy_loss(mask, **changes):
+    """Mean of the clipped policy loss over the mask, some of its arguments replaced."""
+    arrays = {"logprobs": SCORED[:3], "old_logprobs": SCORED[1:4], "advantages": SCORED[2:5]}
+    return losses.masked_mean(losses.clipped_policy_loss(**arrays | changes, clip_eps=0.2), mask)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", MASKED)
-def test_what_stands_outside_the_mask_reaches_neither_the_value_nor_the_gradient(name, bad):
+def test_what_stands_outside_the_mask_reaches_neither_the_value_nor_any_gradient(name, bad):
     mask = jnp.asarray([[1, 1, 1, 0], [1, 0, 1, 1], [0, 1, 1, 0]], jnp.float32)
     clean = jnp.where(mask > 0, SCORED[:3], 0.0)
     dirty = jnp.where(mask > 0, clean, bad)
@@ -546,5 +716,29 @@ def test_what_stands_outside_the_mask_reaches_neither_the_value_nor_the_gradient
     value, grad = gradient(clean, mask)
     bad_value, bad_grad = gradient(dirty, mask)
     np.testing.assert_allclose(bad_value, value, rtol=1e-6)
-    active = np.asarray(mask) > 0
-    np.testing.assert_allclose(bad_grad[active], grad[active], rtol=1e-5, atol=1e-7)
+    expected = jnp.where(mask > 0, grad, 0.0)
+    np.testing.assert_allclose(bad_grad, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_nan_under_the_mask_of_old_logprobs_does_not_reach_the_policy_s_gradient():
+    mask = jnp.asarray([[1, 1, 0, 1]], jnp.float32)
+    old = jnp.where(mask > 0, SCORED[1:2], jnp.nan)
+    grad = jax.grad(
+        lambda x: losses.masked_mean(
+            losses.clipped_policy_loss(
+                logprobs=x, old_logprobs=old, advantages=SCORED[2:3], clip_eps=0.2
+            ),
+            mask,
+        )
+    )(SCORED[:1])
+    assert np.isfinite(grad).all() and grad[0, 2] == 0.0
+
+
+def test_nan_inside_the_mask_is_not_hidden():
+    loss = losses.clipped_policy_loss(
+        logprobs=jnp.array([[0.0, jnp.nan]]),
+        old_logprobs=jnp.zeros((1, 2)),
+        advantages=jnp.ones((1, 2)),
+        clip_eps=0.2,
+    )
+    np.testing.assert_array_equal(loss, [[-1.0, np.nan]])

@@ -13,8 +13,9 @@ from scipy import stats
 
 from rlhf_jax import sharding
 from rlhf_jax.data.batches import Prompts
+from rlhf_jax.data.records import Ends
 from rlhf_jax.models import heads, transformer
-from rlhf_jax.sampling import Filters, decode, filters, rollout
+from rlhf_jax.sampling import Sampling, decode, filters, rollout
 
 CONFIG = transformer.Config(
     vocab_size=32,
@@ -46,22 +47,19 @@ def prompts():
     return Prompts(jnp.array(tokens), jnp.array(attend), jnp.arange(B, dtype=jnp.int32) + 100)
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_ids", "pad_id", "choose"))
+@functools.partial(jax.jit, static_argnames=("ends", "choose", "processors"))
 def compiled(model, prompts, key, number, **how):
     keys = decode.row_keys(key, prompts.index, number)
     return decode.sample(model, prompts.tokens, prompts.attend, keys, **how)
 
 
-def options(**changes):
+def options(eos_ids=EOS, pad_id=PAD, choose=decode.categorical, processors=(), **sampling):
     """All arguments spelled out, so that tests share compilations."""
     return {
-        "max_new_tokens": R,
-        "eos_ids": EOS,
-        "pad_id": PAD,
-        "temperature": 1.0,
-        "filters": Filters(),
-        "choose": decode.categorical,
-        **changes,
+        "sampling": Sampling(**{"max_new_tokens": R} | sampling),
+        "ends": Ends(eos_ids, pad_id),
+        "choose": choose,
+        "processors": processors,
     }
 
 
@@ -101,9 +99,8 @@ def count_up(starts, max_new_tokens, eos_ids, step=counter):
     run = functools.partial(
         decode.decode_loop,
         step,
-        max_new_tokens=max_new_tokens,
-        eos_ids=eos_ids,
-        pad_id=PAD,
+        sampling=Sampling(max_new_tokens=max_new_tokens),
+        ends=Ends(eos_ids, PAD),
     )
     logits, cache = counter(jnp.int32(0), starts)
     keys = decode.row_keys(jax.random.key(0), jnp.arange(len(starts)))
@@ -113,7 +110,7 @@ def count_up(starts, max_new_tokens, eos_ids, step=counter):
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 18, 40])
 def test_a_row_runs_up_to_and_including_its_first_eos_id_whatever_the_block_length(length):
     starts, ends = (4, 1, 10, 20, 38), (7, 24)
-    tokens, logprobs, lengths = count_up(starts, length, ends)
+    tokens, logprobs, _, lengths = count_up(starts, length, ends)
     for row, start in enumerate(starts):
         expected = []
         while len(expected) < length and not set(ends) & set(expected):
@@ -153,11 +150,11 @@ def test_the_loop_stops_with_the_block_in_which_the_last_row_ends(starts, length
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
-@pytest.mark.parametrize("chosen", [Filters(), Filters(top_k=3.0)], ids=["all", "top_k"])
+@pytest.mark.parametrize("chosen", [{}, {"top_k": 3.0}], ids=["all", "top_k"])
 def test_the_sampler_s_logprobs_are_those_of_a_full_forward_pass(
     model, prompts, temperature, chosen
 ):
-    out = draw(model, prompts, jax.random.key(1), temperature=temperature, filters=chosen)
+    out = draw(model, prompts, jax.random.key(1), temperature=temperature, **chosen)
     np.testing.assert_allclose(out.logprobs, logprobs_of(model, out, temperature), atol=1e-5)
     assert np.abs(np.asarray(out.logprobs)[np.asarray(out.mask) > 0]).min() > 0.0
 
@@ -203,9 +200,88 @@ def test_greedy_takes_the_first_of_equals():
     np.testing.assert_array_equal(decode.greedy(logits, keys), [1, 0, 2])
 
 
+@pytest.mark.parametrize("filtered", [{}, {"top_k": 3}], ids=["all", "top_k"])
+def test_temperature_0_is_greedy_and_reports_the_logprobs_at_temperature_1(
+    model, prompts, filtered
+):
+    cold = draw(model, prompts, jax.random.key(1), temperature=0, **filtered)
+    best = draw(model, prompts, jax.random.key(2), choose=decode.greedy, **filtered)
+    np.testing.assert_array_equal(cold.tokens, best.tokens)
+    np.testing.assert_array_equal(cold.logprobs, best.logprobs)
+    np.testing.assert_array_equal(cold.filtered_logprobs, best.filtered_logprobs)
+    np.testing.assert_allclose(cold.logprobs, logprobs_of(model, cold, 1.0), atol=1e-5)
+
+
+def test_temperature_0_takes_the_first_of_equals():
+    logits = jnp.array([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0]])
+    keys = jax.random.split(jax.random.key(0), 2)
+    tokens, logprobs, _ = decode.draw(logits, keys, 0, Sampling(temperature=0))
+    np.testing.assert_array_equal(tokens, [1, 0])
+    np.testing.assert_allclose(np.exp(logprobs), [1 / (2 + np.exp(-2.0)), 1 / 3], rtol=1e-6)
+
+
+def test_filtered_logprobs_are_those_of_the_tokens_that_were_left(model, prompts):
+    out = draw(model, prompts, jax.random.key(1), temperature=0.7, top_k=3)
+    logits = np.asarray(logits_of(model, out.tokens, out.attend), np.float64) / 0.7
+    for row, t in zip(*np.nonzero(np.asarray(out.mask))):
+        left = np.sort(logits[row, t - 1])[-3:]
+        expected = logits[row, t - 1, out.tokens[row, t]] - np.log(np.exp(left).sum())
+        np.testing.assert_allclose(out.filtered_logprobs[row, t], expected, atol=1e-5)
+    assert not np.asarray(out.filtered_logprobs)[np.asarray(out.mask) == 0].any()
+    plain = draw(model, prompts, jax.random.key(1))
+    np.testing.assert_array_equal(plain.filtered_logprobs, plain.logprobs)
+
+
+def never_twice(logits, history):
+    """Forbids the tokens that the response already has."""
+    drawn = jnp.arange(history.tokens.shape[1]) < history.count
+    seen = jnp.any(jax.nn.one_hot(history.tokens, logits.shape[1]) * drawn[None, :, None], axis=1)
+    return jnp.where(seen, -jnp.inf, logits)
+
+
+def only_of_the_prompt(logits, history):
+    """Allows the tokens of the prompt, and EOS."""
+    known = jax.nn.one_hot(history.prompts, logits.shape[1]) * history.attend[:, :, None]
+    known = jnp.any(known, axis=1).at[:, jnp.array(EOS)].set(True)
+    return jnp.where(known, logits, -jnp.inf)
+
+
+def test_processors_change_what_is_drawn_and_see_prompt_and_response(model, prompts):
+    processors = (never_twice, only_of_the_prompt)
+    out = draw(model, prompts, jax.random.key(1), temperature=0.7, processors=processors)
+    out = jax.tree.map(np.asarray, out)
+    logits = np.asarray(logits_of(model, out.tokens, out.attend), np.float64) / 0.7
+    for row in range(B):
+        prompt = set(np.asarray(prompts.tokens)[row, P - LENGTHS[row] :].tolist())
+        response = out.tokens[row, P : P + out.lengths[row]].tolist()
+        assert out.finished[row] and len(set(response)) == len(response)
+        for t, token in enumerate(response, P):
+            allowed = sorted((prompt | set(EOS)) - set(response[: t - P]))
+            left = logits[row, t - 1, allowed]
+            expected = logits[row, t - 1, token] - np.log(np.exp(left).sum())
+            np.testing.assert_allclose(out.filtered_logprobs[row, t], expected, atol=1e-5)
+    # What is reported as the policy's is of the policy alone.
+    np.testing.assert_allclose(out.logprobs, logprobs_of(model, out, 0.7), atol=1e-5)
+
+
 def test_a_pad_that_is_an_eos_id_is_refused(model, prompts):
     with pytest.raises(ValueError, match=r"pad_id=9 is an EOS id \(7, 9, 11\)"):
         draw(model, prompts, jax.random.key(0), pad_id=9)
+
+
+def test_prompts_padded_on_the_right_are_refused_where_their_values_can_be_seen(model, prompts):
+    keys = decode.row_keys(jax.random.key(0), prompts.index)
+    backwards = prompts.attend[:, ::-1]
+    for call in (
+        lambda: decode.check_prompts(prompts.tokens, backwards),
+        lambda: decode.sample(model, prompts.tokens, backwards, keys, **options()),
+    ):
+        with pytest.raises(ValueError, match="prompt 1 .*padded on the right.*on the left"):
+            call()
+    with pytest.raises(ValueError, match=r"tokens \(8, 6\) and attend \(8, 5\)"):
+        decode.check_prompts(prompts.tokens, backwards[:, 1:])
+    decode.check_prompts(prompts.tokens, prompts.attend)
+    decode.check_prompts(prompts.tokens, np.zeros((B, P), np.int32))  # rows that only fill a batch
 
 
 def test_prompt_and_response_must_fit_the_model(model, prompts):
@@ -238,8 +314,8 @@ def test_a_prompt_gets_the_same_tokens_beside_other_rows_and_under_more_padding(
     longer = Prompts(
         jnp.full((3, P + 5), 20, jnp.int32), jnp.ones((3, P + 5), jnp.int32), jnp.arange(3)
     )
-    pad = lambda x: jnp.pad(x, ((0, 0), (5, 0)))  # noqa: E731
-    ours = Prompts(pad(prompts.tokens), pad(prompts.attend), prompts.index)
+    tokens, attend = (jnp.pad(x, ((0, 0), (5, 0))) for x in (prompts.tokens, prompts.attend))
+    ours = Prompts(tokens, attend, prompts.index)
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), longer, ours)
     out = draw(model, both, jax.random.key(3))
     np.testing.assert_array_equal(out.tokens[3:, 5:], whole.tokens)
@@ -270,6 +346,29 @@ def test_iterations_samples_and_prompts_have_noise_of_their_own(model, prompts):
     assert np.mean([len(set(row)) for row in rows[:, P:].tolist()]) > 8
     again = draw(model, same, jax.random.fold_in(key, 0), eos_ids=())
     np.testing.assert_array_equal(again.tokens, first.tokens)
+
+
+def test_a_prompt_that_is_repeated_draws_the_samples_of_separate_calls(model, prompts):
+    three, key = take(prompts, (4, 0, 6)), jax.random.key(3)
+    alone = np.stack([draw(model, three, key, number=2 + k).tokens for k in range(3)], axis=1)
+    assert all(len(np.unique(samples, axis=0)) == 3 for samples in alone)
+    repeated = jax.tree.map(lambda x: np.repeat(x, 3, axis=0), three)
+    again = draw(model, repeated, key, number=2)
+    np.testing.assert_array_equal(again.tokens, alone.reshape(9, P + R))
+    # Wherever the repetitions stand.
+    tiled = jax.tree.map(lambda x: np.concatenate([x] * 3), three)
+    again = draw(model, tiled, key, number=2)
+    np.testing.assert_array_equal(again.tokens, alone.swapaxes(0, 1).reshape(9, P + R))
+
+
+def test_the_keys_of_different_prompts_are_those_of_the_prompt_and_its_sample_s_number():
+    key, index = jax.random.key(3), jnp.array([7, 0, 2**31 - 1])
+    for number in (0, 5):
+        expected = [jax.random.fold_in(jax.random.fold_in(key, i), number) for i in index]
+        actual = decode.row_keys(key, index, number)
+        np.testing.assert_array_equal(
+            jax.random.key_data(actual), jax.random.key_data(jnp.stack(expected))
+        )
 
 
 # One draw.
@@ -346,7 +445,7 @@ def test_a_token_of_probability_1e_9_is_not_drawn_once_in_2_to_the_23(found, sta
 
 
 def test_uniform_numbers_lie_strictly_between_0_and_1():
-    keys = decode.row_keys(jax.random.key(0), jnp.arange(1 << 16))
+    keys = jax.random.split(jax.random.key(0), 1 << 16)
     numbers = np.asarray(jax.jit(jax.vmap(decode._uniforms))(keys), np.float64)
     assert 0 < numbers.min() and numbers.max() < 1
     for stage in numbers.T:
@@ -362,7 +461,7 @@ INF = float("inf")
 def kept(logits, **options):
     """Which tokens a filter keeps, as booleans; what is kept must keep its logit."""
     logits = jnp.array(logits, jnp.float32)
-    out = np.asarray(jax.jit(filters.apply)(logits, Filters(**options)))
+    out = np.asarray(jax.jit(filters.apply)(logits, **options))
     keep = out > -INF
     np.testing.assert_array_equal(out[keep], np.asarray(logits)[keep])
     return keep
@@ -443,18 +542,22 @@ def test_filters_keep_exactly_the_tokens_that_transformers_keeps(kind, temperatu
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"top_k": 0.0}, "top_k=0.0 must be a whole number of at least 1"),
+        ({"top_k": 0}, "top_k=0.0 must be at least 1"),
         ({"top_k": 2.5}, "top_k=2.5 must be a whole number"),
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p=1.1 must be in \(0, 1\]"),
         ({"min_p": -0.1}, r"min_p=-0.1 must be in \[0, 1\]"),
-        ({"min_p": 1.1}, r"min_p=1.1 must be in \[0, 1\]"),
+        ({"min_p": 2.0}, r"min_p=2.0 must be in \[0, 1\]"),
+        ({"temperature": -0.1}, "temperature=-0.1 must be at least 0"),
+        ({"temperature": INF}, "temperature=inf must be a finite number"),
+        ({"temperature": float("nan")}, "temperature=nan must be"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
     ],
 )
-def test_a_filter_outside_its_range_is_refused(options, message):
+def test_a_setting_outside_its_range_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Filters(**options).check()
-    Filters(top_k=1.0, top_p=1.0, min_p=0.0).check()
+        Sampling(**options)
+    Sampling(top_k=1, top_p=1, min_p=0, temperature=0)
 
 
 # The compiled program.
@@ -464,19 +567,20 @@ def test_a_new_temperature_or_filter_value_does_not_recompile_but_a_filter_switc
     traces = []
 
     @jax.jit
-    def one(logits, temperature, options):
-        traces.append(options)
-        return filters.apply(logits / temperature, options)
+    def one(logits, keys, sampling):
+        traces.append(sampling)
+        return decode.draw(logits, keys, 0, sampling)
 
-    logits = jnp.arange(8.0)[None]
+    logits, keys = jnp.arange(8.0)[None], jax.random.split(jax.random.key(0), 1)
     results = []
-    for temperature, k, p in ((1.0, 3.0, 0.9), (0.5, 2.0, 0.5), (9.0, 6.0, 0.9)):
-        results.append(one(logits, temperature, Filters(top_k=k, top_p=p, min_p=p / 2)))
+    for temperature, k, p in ((1.0, 3, 0.9), (0.5, 2, 0.5), (9.0, 6, 0.9), (0, 1, 1)):
+        settings = {"temperature": temperature, "top_k": k, "top_p": p, "min_p": p / 2}
+        results.append(one(logits, keys, Sampling(**settings)))
     assert len(traces) == 1
-    assert len({np.isfinite(x).sum() for x in results}) > 1
-    one(logits, 1.0, Filters(top_k=3.0))
+    assert len({float(filtered[0]) for _, _, filtered in results}) > 1
+    one(logits, keys, Sampling(top_k=3))
     assert len(traces) == 2
-    one(logits, 3.0, Filters(top_k=4.0))
+    one(logits, keys, Sampling(top_k=4, temperature=3.0))
     assert len(traces) == 2
 
 
@@ -494,9 +598,9 @@ def plain(model, prompts):
 def test_a_filter_that_is_off_compiles_to_nothing_and_one_that_is_on_needs_no_sort(
     model, prompts, plain
 ):
-    assert filters.apply(logits := jnp.zeros((2, 5)), Filters()) is logits
+    assert filters.apply(logits := jnp.zeros((2, 5))) is logits
     ordering = "u32[8,32]"  # logits as ordered integers, which only a filter looks at
-    on = program(model, prompts, filters=Filters(top_k=3.0, top_p=0.9, min_p=0.1))
+    on = program(model, prompts, top_k=3.0, top_p=0.9, min_p=0.1)
     assert ordering not in plain and ordering in on
     # XLA's sort takes 10 times as long as the search for the border (CPU, [32, 4096]).
     assert not re.search(r"\bsort\(", plain + on)
@@ -525,17 +629,20 @@ def score(bias, tokens, attend, mask):
 
 @functools.partial(jax.jit, static_argnames="micro_batches")
 def gather(policy, reference, prompts, micro_batches=1):
-    return rollout.collect(
+    sampling = Sampling(max_new_tokens=R, temperature=0.7)
+    samples, index = rollout.sample(
         policy,
-        reference,
-        score,
-        jnp.float32(0.5),
         prompts,
         jax.random.key(1),
-        max_new_tokens=R,
-        eos_ids=EOS,
-        pad_id=PAD,
-        temperature=0.7,
+        sampling=sampling,
+        drawing=rollout.Drawing(Ends(EOS, PAD)),
+    )
+    return rollout.judge(
+        {"policy": policy, "reference": reference, "scorer": jnp.float32(0.5)},
+        samples,
+        index,
+        sampling=sampling,
+        score=score,
         micro_batches=micro_batches,
     )
 

@@ -1,15 +1,25 @@
-"""Sampling: filters, the compiled decode loop, and what an online algorithm collects with it."""
+"""Sampling: its settings, the compiled decode loop, and the rollouts of online algorithms."""
 
-from rlhf_jax.sampling.decode import Samples, categorical, greedy, row_keys, sample
-from rlhf_jax.sampling.filters import Filters
-from rlhf_jax.sampling.rollout import Rollout, collect
+from rlhf_jax.sampling.decode import (
+    History,
+    Processor,
+    Samples,
+    Sampling,
+    categorical,
+    greedy,
+    row_keys,
+    sample,
+)
+from rlhf_jax.sampling.rollout import Drawing, Rollout
 
 __all__ = [
-    "Filters",
+    "Drawing",
+    "History",
+    "Processor",
     "Rollout",
     "Samples",
+    "Sampling",
     "categorical",
-    "collect",
     "greedy",
     "row_keys",
     "sample",

@@ -1,62 +1,134 @@
-"""Sampling as one compiled program: prefill, then a scan over tokens that stops early.
+"""Sampling as one compiled program: prefill, then a loop over tokens that stops early.
 
-The scan runs in blocks inside a `while_loop`, so that it ends once every row has emitted EOS and
-the check costs one reduction a block. A row's noise is keyed by its own key and the position, never
-by slot, loop step or device: the same prompt gets the same tokens in any batch on any mesh.
+The tokens are drawn in blocks inside a `while_loop`, so that it ends once every row has emitted EOS
+and the check costs one reduction per block. A row's noise depends on its key and the position, not
+on its place in the batch, loop step or device: a prompt gets the same tokens in any batch on any
+mesh.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rlhf_jax import config
+from rlhf_jax.data.records import Ends
 from rlhf_jax.models import transformer
-from rlhf_jax.sampling import filters as filtering
-from rlhf_jax.sampling.filters import Filters
+from rlhf_jax.sampling import filters
+
+BLOCK = 16  # tokens between two checks of whether every row is done
+
+
+class Sampling(config.Config):
+    """How responses are drawn.
+
+    Real numbers are traced: a new value does not recompile. None switches a filter off statically,
+    so that nothing is compiled for it. The filters are applied in the order of the fields, each to
+    what the one before left: see `filters.apply`.
+    """
+
+    max_new_tokens: config.Count = 64  # longest response, EOS included
+    temperature: config.NonNegative = 1.0  # divides the logits; 0 takes the most likely token
+    top_k: Annotated[float, config.Range(1)] | None = None  # draw from the k most likely tokens
+    # Draw from the most likely tokens that together have this probability.
+    top_p: Annotated[float, config.Range(0, 1, open_low=True)] | None = None
+    min_p: config.Share | None = None  # draw from tokens with p >= min_p * the largest p
+
+    def check(self) -> None:
+        """Raises ValueError for a `top_k` that is not whole or an infinite temperature."""
+        if self.top_k is not None and not float(self.top_k).is_integer():
+            raise ValueError(f"top_k={self.top_k} must be a whole number of at least 1, or None")
+        if not math.isfinite(self.temperature):
+            raise ValueError(f"temperature={self.temperature} must be a finite number")
+
+
+class History(NamedTuple):
+    """What a processor may look at beside the logits. R is `max_new_tokens`."""
+
+    prompts: Int[Array, "B P"]  # padded on the left
+    attend: Int[Array, "B P"]  # 1 on the real tokens of the prompts
+    tokens: Int[Array, "B R"]  # drawn so far in the first `count` columns, then padding
+    count: Int[Array, ""]
+
 
 Choose = Callable[[Array, Array], Array]  # (logits [B, V], keys [B]) -> tokens [B]
-
-BLOCK = 16  # tokens between two looks at whether every row is done
+Processor = Callable[[Array, History], Array]  # (logits [B, V], history) -> logits [B, V]
 
 
 class Samples(NamedTuple):
-    """Sampled rows, prompt on the left. T = P + R.
+    """Prompts with their sampled responses on the right. T = P + R.
 
-    tokens [B, T]; attend [B, T]: 1 on real tokens; mask [B, T]: 1 on sampled tokens up to and
-    including EOS; logprobs [B, T]: log pi at the sampling temperature, before filters, nats, 0
-    where mask is 0; lengths [B]: sampled tokens; finished [B]: 1 if the row emitted EOS.
+    Log-probabilities are in nats, at the sampling temperature (at temperature 1 where that is 0),
+    and 0 where `mask` is 0. `filtered_logprobs` is the same array as `logprobs` where there are
+    neither processors nor filters.
     """
 
     tokens: Int[Array, "B T"]
-    attend: Int[Array, "B T"]
-    mask: Float[Array, "B T"]
-    logprobs: Float[Array, "B T"]
-    lengths: Int[Array, " B"]
-    finished: Float[Array, " B"]
+    attend: Int[Array, "B T"]  # 1 on real tokens
+    mask: Float[Array, "B T"]  # 1 on sampled tokens up to and including EOS
+    logprobs: Float[Array, "B T"]  # of the policy, before processors and filters
+    filtered_logprobs: Float[Array, "B T"]  # of the distribution that was sampled
+    lengths: Int[Array, " B"]  # number of sampled tokens
+    finished: Float[Array, " B"]  # 1 if the row emitted EOS
 
 
 def row_keys(key: Key[Array, ""], index: Int[Array, " B"], sample: int | Array = 0) -> Array:
-    """One key a row from its global index and the number of the sample drawn for it."""
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), sample))(index)
+    """One key per row, from the prompt's number `index` and the number of its sample. [B] -> [B].
+
+    A prompt that stands in the batch several times gets consecutive sample numbers: its first row
+    is sample number `sample`, its next row `sample + 1`, and so on. So repeated prompts get
+    different responses, the same ones as in separate calls with those numbers.
+    """
+    rows = jnp.arange(index.shape[0])
+    is_earlier = (index[:, None] == index) & (rows[:, None] > rows)
+    numbers = sample + jnp.sum(is_earlier, axis=1, dtype=jnp.int32)
+
+    def row_key(prompt, number):
+        return jax.random.fold_in(jax.random.fold_in(key, prompt), number)
+
+    return jax.vmap(row_key)(index, numbers)
+
+
+def check_prompts(tokens: Array | np.ndarray, attend: Array | np.ndarray) -> None:
+    """Raises ValueError unless every row of tokens and attend, [B, P], is padded on the left.
+
+    It reads the values, so it works only outside of jit, where `sample` calls it. Rows that are all
+    padding pass.
+    """
+    if np.shape(tokens) != np.shape(attend):
+        raise ValueError(
+            f"tokens {np.shape(tokens)} and attend {np.shape(attend)} must have the same shape"
+        )
+    is_real = (np.asarray(attend) > 0).astype(np.int32)
+    wrong = np.flatnonzero(np.any(np.diff(is_real, axis=1) < 0, axis=1))
+    if len(wrong):
+        raise ValueError(
+            f"prompt {wrong[0]} of the batch is padded on the right (attend is 0 after a 1); "
+            "prompts are padded on the left, because responses grow to the right"
+        )
 
 
 def greedy(logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
-    """The likeliest token, the first of equals; needs no key."""
+    """The most likely token of each row, the first if several tie; `keys` are not used."""
     del keys
-    # Not argmax, which XLA does not vectorise on CPU: 0.6 ms a token at B=32, V=4096, this 0.1.
+    # argmax is not vectorised by XLA on CPU: 0.6 ms per token at B=32, V=4096, against 0.1 here.
     best = logits == jnp.max(logits, axis=-1, keepdims=True)
     return _first(best, logits.shape[-1] - 1)
 
 
 def categorical(logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
-    """One draw a row by the inverse distribution function, in two stages of about sqrt(V).
+    """One token per row, drawn from softmax(logits). [B, V], [B] -> [B].
 
-    Two uniforms a row instead of V Gumbel numbers (0.15 ms a token against 2.8 at B=32, V=4096 on
-    2 cores), and each stage has its own, so that the tail is still drawn about right.
+    Inverts the cumulative distribution in two stages, first over about sqrt(V) blocks of tokens and
+    then inside the block. That needs two uniform numbers per row instead of V Gumbel numbers (0.15
+    ms per token against 2.8 at B=32, V=4096 on 2 cores). Each stage has a number of its own, so
+    that even rare tokens have almost exactly their probability.
     """
     batch, size = logits.shape
     width = 1 << (max(size - 1, 1).bit_length() + 1) // 2
@@ -71,8 +143,11 @@ def categorical(logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Arra
 
 
 def _uniforms(key: Key[Array, ""]) -> Float[Array, "2"]:
-    """Two numbers in (0, 1). `jax.random.uniform` is exactly 0 once in 2^23 draws, which would draw
-    the first token of a block that often however unlikely it is: this one is fine near 0."""
+    """Two uniform numbers in (0, 1), with all 32 random bits of resolution near 0.
+
+    `jax.random.uniform` is exactly 0 once in 2^23 draws, which would draw the first token of a
+    block that often, however unlikely it is.
+    """
     bits = jax.random.bits(key, (2,), jnp.uint32).astype(jnp.float32)
     return jnp.minimum((bits + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
 
@@ -80,23 +155,55 @@ def _uniforms(key: Key[Array, ""]) -> Float[Array, "2"]:
 def _invert(weights: Float[Array, "B n"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
     """First index whose cumulative weight exceeds uniform * total; never one of weight 0."""
     cumulative = jnp.cumsum(weights, axis=-1)
-    # A parallel scan may round upwards where the weight is 0, and the product up to the total.
+    # Rounding can make a parallel cumulative sum grow where the weight is 0, and uniform * total
+    # reach the total.
     positive = weights > 0
     last = weights.shape[-1] - 1 - _first(positive[:, ::-1], weights.shape[-1] - 1)
     return _first(positive & (cumulative > uniform[:, None] * cumulative[:, -1:]), last)
 
 
 def _first(condition: Bool[Array, "B n"], otherwise: int | Array) -> Int[Array, " B"]:
-    """Index of the first true entry of each row; `otherwise` (an upper bound) if there is none."""
+    """Index of the first true entry of each row; `otherwise`, an upper bound of it, if none is."""
     steps = jnp.where(condition, jnp.arange(condition.shape[-1]), condition.shape[-1])
     return jnp.minimum(jnp.min(steps, axis=-1), otherwise).astype(jnp.int32)
 
 
-def _draw(logits: Float[Array, "B V"], keys: Key[Array, " B"], filters: Filters, choose: Choose):
-    """One token a row, and its log-probability before the filters."""
-    token = choose(filtering.apply(logits, filters), keys)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+def _logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Float[Array, " B"]:
+    """Log-probability of one token per row under softmax(logits)."""
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def unprocessed(logits: Array, *_) -> Array:
+    """The logits unchanged: the default `process` of `draw` and `decode_loop`."""
+    return logits
+
+
+def draw(
+    logits: Float[Array, "B V"],
+    keys: Key[Array, " B"],
+    position: int | Array,
+    sampling: Sampling,
+    choose: Choose = categorical,
+    process: Callable[[Array], Array] = unprocessed,
+) -> tuple[Int[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
+    """Draws the token at `position` of each row's response. [B, V], [B] -> three arrays [B].
+
+    Returns the tokens, their log-probabilities before `process` and the filters, and those after
+    (the same array where there are neither). Temperature 0 takes the most likely token, the first
+    if several tie, without calling `choose`, and reports the log-probabilities at temperature 1.
+    """
+    is_greedy = sampling.temperature == 0
+    logits = logits.astype(jnp.float32)
+    # Not logits / where(..): XLA would multiply by the reciprocal, which rounds differently.
+    logits = jnp.where(is_greedy, logits, logits / sampling.temperature)
+    allowed = filters.apply(
+        process(logits), top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
+    )
+    noise = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
+    tokens = jax.lax.cond(is_greedy, greedy, choose, allowed, noise)
+    logprobs = _logprobs(logits, tokens)
+    return tokens, logprobs, logprobs if allowed is logits else _logprobs(allowed, tokens)
 
 
 def _lengths(ends: Bool[Array, "B R"]) -> Int[Array, " B"]:
@@ -104,13 +211,45 @@ def _lengths(ends: Bool[Array, "B R"]) -> Int[Array, " B"]:
     return _first(ends, ends.shape[1] - 1) + 1
 
 
-class _Loop(NamedTuple):
-    count: Int[Array, ""]  # tokens drawn so far
-    cache: Any
-    token: Int[Array, " B"]
-    done: Bool[Array, " B"]
+class Drawn(NamedTuple):
+    """What `decode_loop` draws; padding and 0 after the EOS of a row. Fields as in `Samples`."""
+
     tokens: Int[Array, "B R"]
     logprobs: Float[Array, "B R"]
+    filtered_logprobs: Float[Array, "B R"]
+    lengths: Int[Array, " B"]
+
+
+class _Loop(NamedTuple):
+    """State of the loop. S = R plus the steps of the last block that are not needed."""
+
+    count: Int[Array, ""]  # tokens drawn so far
+    cache: Any
+    token: Int[Array, " B"]  # the last one drawn
+    done: Bool[Array, " B"]  # rows that have emitted EOS
+    tokens: Int[Array, "B S"]
+    logprobs: Float[Array, "B S"]
+    filtered_logprobs: Float[Array, "B S"] | None  # None where they are the same as `logprobs`
+
+
+def _append(loop: _Loop, token, logprob, filtered, ends: Ends) -> _Loop:
+    """Writes what was drawn, [B] each, into column `loop.count`; rows that are done get padding."""
+
+    def write(buffer, column, padding):
+        column = jnp.where(loop.done, padding, column)[:, None]
+        return jax.lax.dynamic_update_slice(buffer, column, (0, loop.count))
+
+    is_same = filtered is logprob
+    token = jnp.where(loop.done, ends.pad_id, token)
+    return _Loop(
+        count=loop.count + 1,
+        cache=loop.cache,
+        token=token,
+        done=loop.done | jnp.isin(token, jnp.asarray(ends.eos_ids, jnp.int32)),
+        tokens=write(loop.tokens, token, ends.pad_id),
+        logprobs=write(loop.logprobs, logprob, 0.0),
+        filtered_logprobs=None if is_same else write(loop.filtered_logprobs, filtered, 0.0),
+    )
 
 
 def decode_loop(
@@ -119,57 +258,73 @@ def decode_loop(
     logits: Float[Array, "B V"],
     keys: Key[Array, " B"],
     *,
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    temperature: float | Array = 1.0,
-    filters: Filters = Filters(),  # noqa: B008 (frozen)
+    sampling: Sampling,
+    ends: Ends,
     choose: Choose = categorical,
-) -> tuple[Int[Array, "B R"], Float[Array, "B R"], Int[Array, " B"]]:
-    """Draws up to R tokens a row. `step(cache, tokens [B]) -> (logits [B, V], cache)`.
+    process: Callable[[Array, Array, Array], Array] = unprocessed,
+) -> Drawn:
+    """Draws up to R tokens per row. `step(cache, tokens [B]) -> (logits [B, V], cache)`.
 
-    `logits` are those after the prompt. Any callable will do as `step`, so a stub of three lines
-    can test the loop. Returns tokens (pad after EOS), log-probabilities (0 there) and lengths.
+    `logits` are those after the prompt. `process(logits [B, V], tokens [B, R], count) -> logits`
+    changes them after the temperature and before the filters; the first `count` columns of its
+    `tokens` are drawn. Any callable will do as `step`, so a stub of three lines can test the loop.
     """
-    end = jnp.asarray(eos_ids, jnp.int32)
-    remaining = max_new_tokens - 1
-    blocks = -(-remaining // BLOCK)
-    block = -(-remaining // max(blocks, 1))  # equal blocks: at most `blocks - 1` idle steps
+    longest = sampling.max_new_tokens
+    blocks = -(-(longest - 1) // BLOCK)
+    # Equal blocks, so that at most `blocks - 1` steps draw tokens that are not needed.
+    block = -(-(longest - 1) // max(blocks, 1))
 
-    def draw(logits, position, done):
-        noise = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-        token, logprob = _draw(logits.astype(jnp.float32) / temperature, noise, filters, choose)
-        token = jnp.where(done, pad_id, token)
-        logprob = jnp.where(done, 0.0, logprob)
-        return token, logprob, done | jnp.isin(token, end)
+    def append(loop: _Loop, logits) -> _Loop:
+        def processed(logits):
+            return process(logits, loop.tokens[:, :longest], loop.count)
 
-    def one(carry, _):
-        count, cache, token, done = carry
-        logits, cache = step(cache, token)
-        token, logprob, done = draw(logits, count, done)
-        return (count + 1, cache, token, done), (token, logprob)
+        drawn = draw(logits, keys, loop.count, sampling, choose, processed)
+        return _append(loop, *drawn, ends)
 
-    def run_block(loop: _Loop) -> _Loop:
-        carry = (loop.count, loop.cache, loop.token, loop.done)
-        (count, cache, token, done), (tokens, logprobs) = jax.lax.scan(one, carry, length=block)
-        write = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
-            buffer, new.T, loop.count, axis=1
-        )
-        return _Loop(
-            count, cache, token, done, write(loop.tokens, tokens), write(loop.logprobs, logprobs)
-        )
+    def advance(_, loop: _Loop) -> _Loop:
+        logits, cache = step(loop.cache, loop.token)
+        return append(loop._replace(cache=cache), logits)
 
-    batch = logits.shape[0]
-    token, logprob, done = draw(logits, 0, jnp.zeros(batch, bool))
-    size = 1 + blocks * block
-    tokens = jnp.full((batch, size), pad_id, jnp.int32).at[:, 0].set(token)
-    logprobs = jnp.zeros((batch, size), jnp.float32).at[:, 0].set(logprob)
-    loop = _Loop(jnp.int32(1), cache, token, done, tokens, logprobs)
-    if remaining:
-        unfinished = lambda loop: (loop.count < max_new_tokens) & ~jnp.all(loop.done)  # noqa: E731
-        loop = jax.lax.while_loop(unfinished, run_block, loop)
-    tokens, logprobs = loop.tokens[:, :max_new_tokens], loop.logprobs[:, :max_new_tokens]
-    return tokens, logprobs, _lengths(jnp.isin(tokens, end))
+    def advance_block(loop: _Loop) -> _Loop:
+        return jax.lax.fori_loop(0, block, advance, loop)
+
+    def is_unfinished(loop: _Loop):
+        return (loop.count < longest) & ~jnp.all(loop.done)
+
+    batch, size = logits.shape[0], 1 + blocks * block
+    padding = jnp.full((batch, size), ends.pad_id, jnp.int32)
+    zeros = jnp.zeros((batch, size), jnp.float32)
+    done = jnp.zeros(batch, bool)
+    loop = append(_Loop(jnp.int32(0), cache, padding[:, 0], done, padding, zeros, zeros), logits)
+    if blocks:
+        loop = jax.lax.while_loop(is_unfinished, advance_block, loop)
+    tokens, logprobs = loop.tokens[:, :longest], loop.logprobs[:, :longest]
+    is_same = loop.filtered_logprobs is None
+    filtered = logprobs if is_same else loop.filtered_logprobs[:, :longest]
+    lengths = _lengths(jnp.isin(tokens, jnp.asarray(ends.eos_ids, jnp.int32)))
+    return Drawn(tokens, logprobs, filtered, lengths)
+
+
+def _samples(prompts, attend, drawn: Drawn, ends: Ends) -> Samples:
+    """Prompts and what was drawn after them, joined to rows [B, T]."""
+    active = jnp.arange(drawn.tokens.shape[1]) < drawn.lengths[:, None]
+    last = jnp.take_along_axis(drawn.tokens, drawn.lengths[:, None] - 1, axis=1)[:, 0]
+    no_prompt = jnp.zeros(prompts.shape, jnp.float32)
+
+    def row(prompt, response):
+        return jnp.concatenate([prompt, response], axis=1)
+
+    logprobs = row(no_prompt, drawn.logprobs)
+    is_same = drawn.filtered_logprobs is drawn.logprobs
+    return Samples(
+        tokens=row(prompts, drawn.tokens),
+        attend=row(attend, active.astype(jnp.int32)),
+        mask=row(no_prompt, active.astype(jnp.float32)),
+        logprobs=logprobs,
+        filtered_logprobs=logprobs if is_same else row(no_prompt, drawn.filtered_logprobs),
+        lengths=drawn.lengths,
+        finished=jnp.isin(last, jnp.asarray(ends.eos_ids, jnp.int32)).astype(jnp.float32),
+    )
 
 
 def sample(
@@ -178,51 +333,50 @@ def sample(
     attend: Int[Array, "B P"],
     keys: Key[Array, " B"],
     *,
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    temperature: float | Array = 1.0,
-    filters: Filters = Filters(),  # noqa: B008 (frozen)
+    sampling: Sampling,
+    ends: Ends,
     choose: Choose = categorical,
+    processors: tuple[Processor, ...] = (),
 ) -> Samples:
-    """Continues left-padded prompts by up to `max_new_tokens`. A pure function, to be jitted.
+    """Continues left-padded prompts until EOS, by at most `sampling.max_new_tokens` tokens.
 
-    The returned log-probabilities are those of the policy at `temperature`, unfiltered: with a
-    filter on, the tokens come from another distribution than they are scored under.
-    Raises ValueError if `pad_id` is an EOS id, nothing shall be drawn, or the rows would outgrow
-    the model.
+    A pure function, to be jitted (with `ends`, `choose` and `processors` static). The processors
+    change the logits one after another, after the temperature and before the filters of `sampling`;
+    then `choose` draws. `logprobs` of the result are those of the policy itself at the temperature,
+    `filtered_logprobs` those of the distribution that was sampled. Temperature 0 takes the most
+    likely token, the first if several tie, without calling `choose`, and both log-probabilities are
+    then those at temperature 1.
+    Raises ValueError if `pad_id` is an EOS id, if the rows are too long for the model, or if
+    prompts are padded on the right. The last is checked outside of jit only: before tracing, call
+    `check_prompts` on the arrays.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if pad_id in eos_ids:
-        raise ValueError(f"pad_id={pad_id} is an EOS id {tuple(eos_ids)}; choose another filler")
-    width = prompts.shape[1]
-    hidden, cache = transformer.prefill(model, prompts, attend, width + max_new_tokens)
+    if not isinstance(attend, jax.core.Tracer):
+        check_prompts(prompts, attend)
+    if ends.pad_id in ends.eos_ids:
+        raise ValueError(
+            f"pad_id={ends.pad_id} is an EOS id {tuple(ends.eos_ids)}; choose another pad_id"
+        )
+    longest = sampling.max_new_tokens
+    hidden, cache = transformer.prefill(model, prompts, attend, prompts.shape[1] + longest)
 
     def step(cache, token):
         hidden, cache = transformer.decode(model, cache, token)
         return transformer.logits(model, hidden), cache
 
-    tokens, logprobs, lengths = decode_loop(
+    def process(logits, tokens, count):
+        history = History(prompts, attend, tokens, count)
+        for processor in processors:
+            logits = processor(logits, history)
+        return logits
+
+    drawn = decode_loop(
         step,
         cache,
         transformer.logits(model, hidden),
         keys,
-        max_new_tokens=max_new_tokens,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        temperature=temperature,
-        filters=filters,
+        sampling=sampling,
+        ends=ends,
         choose=choose,
+        process=process,
     )
-    active = jnp.arange(max_new_tokens) < lengths[:, None]
-    last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
-    no_prompt = jnp.zeros(prompts.shape, jnp.float32)
-    return Samples(
-        tokens=jnp.concatenate([prompts, tokens], axis=1),
-        attend=jnp.concatenate([attend, active.astype(jnp.int32)], axis=1),
-        mask=jnp.concatenate([no_prompt, active.astype(jnp.float32)], axis=1),
-        logprobs=jnp.concatenate([no_prompt, logprobs], axis=1),
-        lengths=lengths,
-        finished=jnp.isin(last, jnp.asarray(eos_ids, jnp.int32)).astype(jnp.float32),
-    )
+    return _samples(prompts, attend, drawn, ends)

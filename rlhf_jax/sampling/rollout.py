@@ -1,106 +1,191 @@
-"""What the policy did, recorded once: shared by every online algorithm."""
+"""Rollouts: responses are sampled, then judged, and what was measured is recorded once.
+
+    prompts -> sample -> Samples -> judge -> Rollout
+
+There are two steps so that a reward written in Python can score the responses on the host while the
+device runs `judge`. Both are pure functions, which the caller compiles.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from rlhf_jax import sharding
 from rlhf_jax.data.batches import Prompts
+from rlhf_jax.data.records import Ends
+from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import heads, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import decode
+from rlhf_jax.sampling.decode import Choose, Processor, Samples, Sampling
 
-Score = Callable[[Any, Array, Array, Array], Array]  # (params, tokens, attend, mask) -> [B]
+# A reward on the device: (params, tokens [B, T], attend [B, T], mask [B, T]) -> scores [B].
+Score = Callable[[Any, Array, Array, Array], Array]
+
+
+class Drawing(NamedTuple):
+    """How tokens are chosen, beyond the numbers in `Sampling`: functions, and what ends a response.
+
+    ends: the EOS and padding ids. choose: draws a token from logits. processors: change the logits
+    before the filters.
+    """
+
+    ends: Ends
+    choose: Choose = decode.categorical
+    processors: tuple[Processor, ...] = ()
 
 
 class Rollout(NamedTuple):
-    """Responses and what was true of them when they were sampled. Never recomputed later.
+    """Responses and what was true of them when they were sampled; never recomputed later.
 
-    tokens, attend, mask [B, T]; old_logprobs [B, T]: the policy's, nats, at the sampling
-    temperature; sampler_logprobs [B, T]: as the sampler saw them (the same array in float32);
-    ref_logprobs [B, T]: the reference's; scores [B]; lengths [B]; finished [B]: 1 if EOS came;
-    index [B]: which prompt.
+    All log-probabilities are in nats, at the sampling temperature, and 0 where `mask` is 0.
     """
 
-    tokens: Int[Array, "B T"]
-    attend: Int[Array, "B T"]
-    mask: Float[Array, "B T"]
-    old_logprobs: Float[Array, "B T"]
-    sampler_logprobs: Float[Array, "B T"]
-    ref_logprobs: Float[Array, "B T"]
-    scores: Float[Array, " B"]
-    lengths: Int[Array, " B"]
-    finished: Float[Array, " B"]
-    index: Int[Array, " B"]
+    tokens: Int[Array, "B T"]  # prompt on the left, response on the right
+    attend: Int[Array, "B T"]  # 1 on every real token
+    mask: Float[Array, "B T"]  # 1 on sampled tokens up to and including EOS
+    old_logprobs: Float[Array, "B T"]  # the denominator of ratios; see `judge`
+    sampler_logprobs: Float[Array, "B T"]  # as decoding with the cache computed them
+    forward_logprobs: Float[Array, "B T"]  # as a forward pass over whole rows computes them
+    ref_logprobs: Float[Array, "B T"]  # the reference's
+    entropy: Float[Array, "B T"]  # of the policy's distribution of each token, nats
+    values: Float[Array, "B T"] | None  # of the state before each token; None without a critic
+    scores: Float[Array, " B"]  # of the reward
+    lengths: Int[Array, " B"]  # sampled tokens
+    finished: Float[Array, " B"]  # 1 where the response ended with EOS
+    index: Int[Array, " B"]  # number of the prompt, see `Prompts`
 
 
-def response_logprobs(
-    model: Model,
-    tokens: Int[Array, "B T"],
-    attend: Int[Array, "B T"],
-    mask: Float[Array, "B T"],
-    temperature: float | Array,
-    start: int,
-    micro_batches: int = 1,
-) -> Float[Array, "B T"]:
-    """Log-probabilities of the sampled tokens under `model`, nats, 0 where mask is 0."""
+class Outputs(NamedTuple):
+    """Outputs of the trained networks per response token."""
 
-    def forward(tokens, attend):
-        hidden = transformer.hidden_states(model, tokens, attend)
-        return heads.token_logprobs(model, hidden, tokens, temperature, start)[0]
-
-    return heads.map_rows(forward, micro_batches, tokens, attend) * mask
+    logprobs: Float[Array, "B T"]
+    values: Float[Array, "B T"] | None  # None without a critic
+    entropy: Float[Array, "B T"]
 
 
-def collect(
+def forward(
+    params: dict, tokens: Array, attend: Array, *, sampling: Sampling, micro_batches: int = 1
+) -> Outputs:
+    """Log-probabilities, values and entropies from one pass over whole rows [B, T].
+
+    Values come from `params["critic"]`, or from the policy's own scalar head where it has one.
+    Log-probabilities and entropies are 0 before the response.
+    """
+    policy = params["policy"]
+    start = tokens.shape[1] - sampling.max_new_tokens
+
+    def of_rows(tokens, attend):
+        hidden = transformer.hidden_states(policy, tokens, attend)
+        logprobs, entropy = heads.token_logprobs(
+            policy, hidden, tokens, sampling.temperature, start
+        )
+        critic = params.get("critic", policy)
+        if "score" not in critic.weights:
+            return Outputs(logprobs, None, entropy)
+        if critic is not policy:
+            hidden = transformer.hidden_states(critic, tokens, attend)
+        return Outputs(logprobs, heads.token_values(critic, hidden), entropy)
+
+    return heads.map_rows(of_rows, micro_batches, tokens, attend)
+
+
+def sample(
     policy: Model,
-    reference: Model,
-    score: Score,
-    scorer: Any,
     prompts: Prompts,
     key: Key[Array, ""],
     *,
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    temperature: float | Array,
-    micro_batches: int = 1,
-) -> Rollout:
-    """Samples one response a prompt, then scores it by the reference and by `score(scorer, ...)`.
+    sampling: Sampling,
+    drawing: Drawing,
+    first_sample: int | Array = 0,
+) -> tuple[Samples, Int[Array, " B"]]:
+    """Samples a response to each row of `prompts`: (samples, the prompts' numbers [B]).
 
-    A pure function, to be jitted whole. In float32 the sampler's own log-probabilities are the old
-    ones. In bfloat16 a cached decode and a full forward round differently, so the old ones come
-    from the full forward, which is also what the loss runs.
+    Sample k of prompt i is a function of (key, i, k) alone. The first row of a prompt is its sample
+    number `first_sample`, further rows of it are the samples after that.
     """
     samples = decode.sample(
         policy,
         prompts.tokens,
         prompts.attend,
-        decode.row_keys(key, prompts.index),
-        max_new_tokens=max_new_tokens,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        temperature=temperature,
+        decode.row_keys(key, prompts.index, first_sample),
+        sampling=sampling,
+        ends=drawing.ends,
+        choose=drawing.choose,
+        processors=drawing.processors,
     )
-    samples = sharding.constrain_rows(samples)
+    return sharding.constrain_rows(samples), prompts.index
+
+
+def judge(
+    params: dict,
+    samples: Samples,
+    index: Int[Array, " B"],
+    *,
+    sampling: Sampling,
+    score: Score | None,
+    micro_batches: int = 1,
+) -> Rollout:
+    """The samples with the outputs of reference, trained networks and reward.
+
+    `params` holds "policy", "reference", "scorer" (the reward's parameters) and perhaps "critic".
+    Without `score` the scores are 0, to be filled in by a reward on the host. In float32 the
+    sampler's own log-probabilities are the old ones. In bfloat16 decoding with the cache and a pass
+    over whole rows round differently, so the old ones come from that pass, as the loss's do.
+    Raises ValueError if the reward does not return one number per response.
+    """
     rows = (samples.tokens, samples.attend, samples.mask)
-    start = prompts.tokens.shape[1]
-    old = samples.logprobs
-    if policy.config.dtype != "float32":
-        old = response_logprobs(policy, *rows, temperature, start, micro_batches)
-    ref = response_logprobs(reference, *rows, temperature, start, micro_batches)
-    scores = heads.map_rows(lambda *xs: score(scorer, *xs), micro_batches, *rows)
+    policy, micro = params["policy"], micro_batches
+    outputs = forward(params, *rows[:2], sampling=sampling, micro_batches=micro)
+    forward_logprobs = outputs.logprobs * samples.mask
+    exact = policy.config.dtype == "float32"
+    reference = {"policy": params["reference"]}
+    ref = forward(reference, *rows[:2], sampling=sampling, micro_batches=micro)
+    scores = jnp.zeros(rows[0].shape[0])
+    if score is not None:
+
+        def of_rows(*rows):
+            return check_scores(score, score(params["scorer"], *rows), rows[0].shape[0])
+
+        scores = heads.map_rows(of_rows, micro, *rows)
     return Rollout(
         *rows,
-        old_logprobs=old,
+        old_logprobs=samples.logprobs if exact else forward_logprobs,
         sampler_logprobs=samples.logprobs,
-        ref_logprobs=ref,
+        forward_logprobs=forward_logprobs,
+        ref_logprobs=ref.logprobs * samples.mask,
+        entropy=outputs.entropy,
+        values=outputs.values,
         scores=scores.astype(jnp.float32),
         lengths=samples.lengths,
         finished=samples.finished,
-        index=prompts.index,
+        index=index,
     )
+
+
+def check_scores(reward: Callable, scores: Any, count: int) -> Any:
+    """Returns `scores`. Raises ValueError, naming the reward, unless there is one per response."""
+    shape = getattr(scores, "shape", None)
+    if shape != (count,):
+        name = getattr(reward, "__name__", "the reward")
+        found = f"shape {list(shape)}" if shape is not None else f"a {type(scores).__name__}"
+        raise ValueError(
+            f"{name} returned {found}, but a reward gives one number per response: [B] = [{count}]"
+        )
+    return scores
+
+
+def texts(tokenizer: Tokenizer, samples: Any) -> tuple[list[str], list[str]]:
+    """(prompts, responses) as text, from any record with `tokens`, `attend` and `mask` [B, T]."""
+    # On the host: indexing device arrays by a mask would compile a program for each length.
+    rows = jax.device_get((samples.tokens, samples.attend, samples.mask))
+    prompts, responses = [], []
+    for tokens, attend, mask in zip(*rows):
+        prompts.append(tokenizer.decode(tokens[(attend > 0) & (mask == 0)].tolist()))
+        responses.append(tokenizer.decode(tokens[mask > 0].tolist()))
+    return prompts, responses
