@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import losses
+from rlhf_jax import losses, online
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.data.batches import Comparisons, Demonstrations, Prompts
+from rlhf_jax.data.records import Ends
 from rlhf_jax.models import heads, transformer
-from rlhf_jax.sampling.rollout import Rollout
+from rlhf_jax.rewards import learned
+from rlhf_jax.sampling.decode import Sampling
+from rlhf_jax.sampling.rollout import Drawing, Rollout
+from rlhf_jax.training import loop
 from rlhf_jax.training import state as training
 
 SHAPE = transformer.Config(
@@ -29,6 +33,8 @@ SHAPE = transformer.Config(
     max_length=64,
 )
 EOS, PAD = 4, 0
+DRAWING = Drawing(Ends((EOS,), PAD))
+FIRST_MEMORY = ppo.Memory(jnp.float32(1.0), training.RunningMoments.empty())
 
 
 # The backend's optimisations double the time to compile and change no formula.
@@ -48,9 +54,10 @@ def models():
     """A policy, another policy, and two networks with scalar heads that are not zero."""
     new = compile_quickly(lambda i: transformer.init(SHAPE, jax.random.key(i)))
     policy, reference, critic, scorer = map(new, range(4))
-    headed = lambda model, i: transformer.with_score_head(  # noqa: E731
-        transformer.without_lm_head(model), jax.random.key(i)
-    )
+
+    def headed(model, i):
+        return transformer.with_score_head(transformer.without_lm_head(model), jax.random.key(i))
+
     return {
         "policy": policy,
         "reference": reference,
@@ -69,6 +76,15 @@ def plain_logprobs(model, tokens, attend, temperature=1.0):
 
 
 @jax.jit
+def plain_entropy(model, tokens, attend, temperature=1.0):
+    """[B, T]: - sum p log p of the distribution that each token was drawn from, 0 for the first."""
+    hidden = transformer.hidden_states(model, tokens, attend)
+    logp = jax.nn.log_softmax(transformer.logits(model, hidden) / temperature)
+    entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+    return jnp.concatenate([jnp.zeros_like(entropy[:, :1]), entropy[:, :-1]], axis=1)
+
+
+@jax.jit
 def plain_values(model, tokens, attend):
     """[B, T]: the head on the hidden state one token earlier."""
     hidden = transformer.hidden_states(model, tokens, attend)
@@ -84,8 +100,11 @@ def norms(grads):
 @functools.cache
 def gradient_of(loss):
     """One program a loss: (config, params, batch) -> ((loss, metrics), gradients)."""
-    program = jax.value_and_grad(lambda p, c, b: loss(c, p, b), has_aux=True)
-    return compile_quickly(lambda config, params, batch: program(params, config, batch))
+
+    def program(config, params, batch):
+        return jax.value_and_grad(loss, argnums=1, has_aux=True)(config, params, batch)
+
+    return compile_quickly(program)
 
 
 def same_loss_and_gradients(loss, params, *cases):
@@ -118,7 +137,7 @@ def every_response(eos):
 
 
 def rollout_of(responses, scores, models, temperature):
-    """The rollout in which the policy gave these responses to one prompt."""
+    """The rollout in which the policy gave these responses to one prompt, judged by the critic."""
     count = len(responses)
     tokens = np.full((count, len(PROMPT) + LENGTH), PAD)
     tokens[:, : len(PROMPT)] = PROMPT
@@ -139,7 +158,10 @@ def rollout_of(responses, scores, models, temperature):
         mask=mask,
         old_logprobs=logprobs[0],
         sampler_logprobs=logprobs[0],
+        forward_logprobs=logprobs[0],
         ref_logprobs=logprobs[1],
+        entropy=plain_entropy(models["policy"], tokens, attend, temperature),
+        values=plain_values(models["critic"], tokens, attend),
         scores=floats(scores),
         lengths=ints([len(row) for row in responses]),
         finished=floats([row[-1] == EOS for row in responses]),
@@ -151,11 +173,10 @@ def plain_config(**changes):
     """No whitening, no discount: the estimator of the policy gradient is unbiased."""
     return ppo.Config(
         **{
-            "max_new_tokens": LENGTH,
+            "sampling": Sampling(max_new_tokens=LENGTH, temperature=0.7),
             "num_epochs": 1,
             "whiten_advantages": False,
             "gae_lambda": 1.0,
-            "temperature": 0.7,
         }
         | changes
     )
@@ -182,13 +203,15 @@ def test_the_expected_ppo_gradient_is_the_gradient_of_the_expected_reward(models
 
     @compile_quickly
     def estimate(policy, critic):
-        # A critic of random values: as a baseline it must not bias the gradient.
-        state = ppo.init_state(config, policy, critic)
-        batch, _, _ = ppo.make_batch(config, state, rollout)
+        # The values are a random critic's: as a baseline they must not bias the gradient.
+        batch, _, _ = ppo.make_batch(config, {}, FIRST_MEMORY, rollout)
         # Each response as often as it is drawn; the loss divides by the number of tokens.
         weight = p[:, None] * jnp.sum(mask)
         batch = batch._replace(advantages=batch.advantages * weight)
-        loss = lambda policy: ppo.loss(config, {"policy": policy, "critic": critic}, batch)[0]  # noqa: E731
+
+        def loss(policy):
+            return ppo.loss(config, {"policy": policy, "critic": critic}, batch)[0]
+
         return jax.grad(loss)(policy)
 
     actual = estimate(models["policy"], models["critic"])
@@ -199,7 +222,9 @@ def test_the_expected_ppo_gradient_is_the_gradient_of_the_expected_reward(models
 
 def a2c_loss(config, params, batch):
     """- mean log pi * A + value_coef * 1/2 mean (V - G)^2, nothing clipped, no ratio."""
-    logprobs = plain_logprobs(params["policy"], batch.tokens, batch.attend, config.temperature)
+    logprobs = plain_logprobs(
+        params["policy"], batch.tokens, batch.attend, config.sampling.temperature
+    )
     values = plain_values(params["critic"], batch.tokens, batch.attend)
     policy = -jnp.sum(logprobs * batch.advantages * batch.mask) / jnp.sum(batch.mask)
     error = jnp.square(values - batch.returns) * batch.value_mask
@@ -211,14 +236,26 @@ def some_rollout(models, count=8):
     return rollout_of(responses, np.random.default_rng(3).normal(size=count), models, 0.7)
 
 
+def with_values_of_0(rollout):
+    """Then returns are the rewards still to come."""
+    return rollout._replace(values=jnp.zeros_like(rollout.values))
+
+
 def fresh_state(config, models):
-    return ppo.init_state(config, models["policy"], models["critic"])
+    networks = ppo.networks(config, models["policy"], models["critic"])
+    return online.init_state(config, FIRST_MEMORY, networks)
+
+
+def update(loss, config):
+    """(state, rollout) -> (state, metrics): the algorithm's whole update, compiled."""
+    program = functools.partial(online.update, ppo.make_batch, loss, config)
+    return compile_quickly(lambda state, rollout: program(state, {}, rollout))
 
 
 @pytest.mark.parametrize("score_at", ["last", "after_eos"])
 def test_the_gradient_of_the_first_minibatch_is_that_of_a2c(models, score_at):
     config = plain_config(score_at=score_at, gae_lambda=0.9)
-    batch, _, _ = make_batch(config, models, some_rollout(models))
+    batch, _, _ = make_batch(config, some_rollout(models))
     params = {"policy": models["policy"], "critic": models["critic"]}
     ours, a2c = (gradient_of(loss)(config, params, batch)[1] for loss in (ppo.loss, a2c_loss))
     assert norms(a2c["policy"]).max() > 1e-3 and norms(a2c["critic"]).max() > 1e-3
@@ -230,8 +267,8 @@ def test_ppo_with_one_epoch_and_one_minibatch_is_a_step_of_a2c(models):
     optimizer = training.OptimizerConfig(eps=1e-2, max_grad_norm=1e9)
     config = plain_config(batch_size=8, policy_optimizer=optimizer, critic_optimizer=optimizer)
     state, rollout = fresh_state(config, models), some_rollout(models)
-    after, _ = compile_quickly(functools.partial(ppo.update, ppo.loss))(config, state, rollout)
-    batch, _, _ = make_batch(config, models, rollout)
+    after, _ = update(ppo.loss, config)(state, rollout)
+    batch, _, _ = make_batch(config, rollout)
     _, grads = gradient_of(a2c_loss)(config, state.train.trainable, batch)
     # The first step of Adam: g / (|g| + eps), whatever the moments' decay.
     moved = 0.0
@@ -289,7 +326,7 @@ def worked(models):
 
 
 def test_the_loss_and_its_measurements_are_those_of_trl_1(models):
-    config = ppo.Config(max_new_tokens=5)
+    config = ppo.Config(sampling=Sampling(max_new_tokens=5))
     params = {"policy": models["policy"], "critic": models["critic"]}
     (total, metrics), _ = gradient_of(ppo.loss)(config, params, worked(models))
     assert metrics["loss/policy_avg"] == pytest.approx(-0.012347, abs=2e-6)
@@ -305,7 +342,7 @@ def test_the_loss_and_its_measurements_are_those_of_trl_1(models):
 
 
 def test_the_entropy_is_that_of_the_policy_at_its_temperature(models):
-    config = ppo.Config(max_new_tokens=5, temperature=0.5)
+    config = ppo.Config(sampling=Sampling(max_new_tokens=5, temperature=0.5))
     batch = worked(models)
     params = {"policy": models["policy"], "critic": models["critic"]}
     (_, metrics), _ = gradient_of(ppo.loss)(config, params, batch)
@@ -322,16 +359,15 @@ def test_the_entropy_is_that_of_the_policy_at_its_temperature(models):
 compiled_make_batch = compile_quickly(ppo.make_batch)
 
 
-def make_batch(config, models, rollout, state=None):
-    state = state or fresh_state(config, models)
-    return compiled_make_batch(config, state, rollout)
+def make_batch(config, rollout, memory=FIRST_MEMORY):
+    return compiled_make_batch(config, {}, memory, rollout)
 
 
 def test_a_policy_away_from_its_reference_is_paid_minus_the_kl(models):
     config = plain_config(kl_coef=0.3)
-    state = ppo.init_state(config, models["policy"], None)  # V = 0: returns are rewards to come
-    rollout = some_rollout(models)
-    batch, _, metrics = make_batch(config, models, rollout, state)
+    rollout = with_values_of_0(some_rollout(models))
+    batch, _, metrics = make_batch(config, rollout)
+    metrics = online.measurements(rollout) | metrics
     gap = np.asarray((rollout.old_logprobs - rollout.ref_logprobs) * rollout.mask)
     start = len(PROMPT)
     expected = np.asarray(rollout.scores) - 0.3 * gap.sum(axis=1)
@@ -347,34 +383,48 @@ def test_a_policy_away_from_its_reference_is_paid_minus_the_kl(models):
 
 def test_scores_are_normalised_by_all_scores_so_far_and_lowered_for_a_missing_eos(models):
     config = plain_config(kl_coef=0.0, normalise_scores=True, missing_eos_penalty=2.0)
-    state = ppo.init_state(config, models["policy"], None)
-    state = state._replace(scores=state.scores.push(floats([5.0, 7.0])))
-    rollout = some_rollout(models)
+    memory = FIRST_MEMORY._replace(scores=FIRST_MEMORY.scores.push(floats([5.0, 7.0])))
+    rollout = with_values_of_0(some_rollout(models))
     assert 0 < rollout.finished.sum() < 8
-    batch, moments, _ = make_batch(config, models, rollout, state)
+    batch, (_, moments), metrics = make_batch(config, rollout, memory)
     seen = np.append([5.0, 7.0], rollout.scores)
     expected = (np.asarray(rollout.scores) - seen.mean()) / seen.std()
     expected = expected - 2.0 * (1 - np.asarray(rollout.finished))
     np.testing.assert_allclose(batch.returns[:, len(PROMPT)], expected, rtol=1e-4, atol=1e-5)
     assert moments.count == 10 and moments.mean == pytest.approx(seen.mean(), rel=1e-5)
+    # As TRL logs them: the scores that are paid.
+    assert metrics["objective/scores"] == pytest.approx(expected.mean(), rel=1e-4)
+    assert metrics["objective/raw_scores"] == pytest.approx(float(rollout.scores.mean()), rel=1e-5)
+
+
+def test_the_rlhf_reward_is_the_score_and_the_penalty_together(models):
+    config = plain_config(kl_coef=0.3, normalise_scores=True, missing_eos_penalty=2.0)
+    _, _, metrics = make_batch(config, some_rollout(models))
+    parts = metrics["objective/scores"] + metrics["objective/non_score_reward"]
+    assert metrics["objective/rlhf_reward"] == pytest.approx(float(parts), rel=1e-5)
+
+
+def test_entropy_is_logged_as_trl_estimates_it_and_exactly_per_token(models):
+    rollout = some_rollout(models)
+    metrics = online.measurements(rollout)
+    mask = np.asarray(rollout.mask)
+    sampled = -(np.asarray(rollout.old_logprobs) * mask).sum(axis=1)
+    assert metrics["objective/entropy"] == pytest.approx(sampled.mean(), rel=1e-5)
+    exact = np.asarray(rollout.entropy)[mask > 0].mean()
+    assert metrics["objective/token_entropy"] == pytest.approx(exact, rel=1e-5)
 
 
 def test_whitening_is_over_the_tokens_that_were_sampled(models):
     rollout = some_rollout(models)
     active = np.asarray(rollout.mask) > 0
-    batch, _, _ = make_batch(plain_config(whiten_advantages=True), models, rollout)
+    batch, _, _ = make_batch(plain_config(whiten_advantages=True), rollout)
     gains = np.asarray(batch.advantages)
     assert gains[active].mean() == pytest.approx(0, abs=1e-6)
     assert gains[active].std(ddof=1) == pytest.approx(1, rel=1e-5)
     assert not gains[~active].any()
     # Rewards keep their mean; with no discount the first return is the sum of the rewards.
     plain, white = (
-        make_batch(
-            plain_config(whiten_rewards=on),
-            models,
-            rollout,
-            ppo.init_state(plain_config(), models["policy"], None),
-        )[0].returns
+        make_batch(plain_config(whiten_rewards=on), with_values_of_0(rollout))[0].returns
         for on in (False, True)
     )
     start = len(PROMPT)
@@ -388,10 +438,10 @@ def test_whitening_is_over_the_tokens_that_were_sampled(models):
 def test_the_value_head_starts_at_exactly_0(models):
     for shared in (False, True):
         config = plain_config(shared_critic=shared)
-        state = ppo.init_state(config, models["policy"], None)
-        batch, _, _ = make_batch(config, models, some_rollout(models), state)
-        assert not np.asarray(batch.old_values).any()
-        holder = state.train.trainable["policy" if shared else "critic"]
+        networks = ppo.networks(config, models["policy"], None)
+        said = compile_quickly(online.forward)(config, networks, some_rollout(models))
+        assert said.values.shape == said.logprobs.shape and not np.asarray(said.values).any()
+        holder = networks["policy" if shared else "critic"]
         assert not np.asarray(holder.weights["score"]["kernel"]).any()
         assert not np.asarray(holder.weights["score"]["bias"]).any()
 
@@ -405,7 +455,7 @@ def test_the_reward_head_starts_normal_with_variance_1_over_d_plus_1():
     assert head["kernel"].shape == (width, 1) and head["bias"] == 0.0
 
 
-def test_the_adaptive_coefficient_moves_by_a_fifth_of_n_over_the_horizon_at_most():
+def test_the_adaptive_factor_moves_by_a_fifth_of_n_over_the_horizon_at_most():
     config = ppo.Config(batch_size=512, kl_target=6.0, kl_horizon=10000.0)
     for kl, factor in [
         (7.2, 1.01024),
@@ -415,30 +465,36 @@ def test_the_adaptive_coefficient_moves_by_a_fifth_of_n_over_the_horizon_at_most
         (0.0, 0.98976),
         (-3.0, 0.98976),
     ]:
-        new = ppo.adapted_kl_coef(config, jnp.float32(0.15), jnp.float32(kl))
+        new = ppo.adapted_kl_factor(config, jnp.float32(0.15), jnp.float32(kl))
         assert new == pytest.approx(0.15 * factor, rel=1e-6)
-    assert ppo.adapted_kl_coef(ppo.Config(kl_target=None), 0.15, 100.0) == 0.15
+    # n counts responses, not prompts.
+    config = ppo.Config(batch_size=64, samples_per_prompt=8, kl_target=6.0, kl_horizon=10000.0)
+    new = ppo.adapted_kl_factor(config, jnp.float32(1.0), jnp.float32(60.0))
+    assert new == pytest.approx(1.01024, rel=1e-6)
+    assert ppo.adapted_kl_factor(ppo.Config(kl_target=None), 0.15, 100.0) == 0.15
+
+
+def test_the_coefficient_is_that_of_the_config_times_the_factor_in_memory(models):
+    rollout = some_rollout(models)
+    for kl_coef, factor in ((0.3, 1.0), (0.2, 1.5)):
+        config = plain_config(kl_coef=kl_coef)
+        _, memory, metrics = make_batch(config, rollout, FIRST_MEMORY._replace(kl_factor=factor))
+        assert metrics["objective/kl_coef"] == pytest.approx(0.3, rel=1e-6)
+        assert memory.kl_factor == factor  # no target: nothing is adapted
 
 
 def test_the_first_minibatch_of_sampled_responses_has_ratio_1_and_nothing_clipped(models):
-    config = plain_config(batch_size=16, max_new_tokens=6, whiten_advantages=True, seed=3)
+    sampling = Sampling(max_new_tokens=6, temperature=0.7)
+    config = plain_config(batch_size=16, sampling=sampling, whiten_advantages=True, seed=3)
     tokens = ints([[PAD, 1, 2], [3, 0, 1]] * 8)
     attend = ints([[0, 1, 1], [1, 1, 1]] * 8)
     frozen = {"reference": models["policy"], "scorer": models["scorer"]}
 
     @compile_quickly
     def iteration(state, prompts):
-        parts = frozen | state.train.trainable
-        rollout = ppo.collect(
-            config,
-            lambda scorer, *rows: heads.sequence_scores(scorer, *rows[:2]),
-            (EOS,),
-            PAD,
-            parts,
-            state.iteration,
-            prompts,
-        )
-        return rollout, ppo.update(ppo.loss, config, state, rollout)[1]
+        params = frozen | state.train.trainable
+        rollout = online.collect(DRAWING, learned.score, config, params, state.iteration, prompts)
+        return rollout, online.update(ppo.make_batch, ppo.loss, config, state, frozen, rollout)[1]
 
     prompts = Prompts(tokens, attend, jnp.arange(16))
     rollout, metrics = iteration(fresh_state(config, models), prompts)
@@ -450,8 +506,18 @@ def test_the_first_minibatch_of_sampled_responses_has_ratio_1_and_nothing_clippe
     assert metrics["objective/kl"] == pytest.approx(0, abs=1e-5)
     # With whitened advantages and ratio 1 the policy loss is minus their mean.
     assert metrics["loss/policy_avg"] == pytest.approx(0, abs=1e-5)
-    expected = plain_logprobs(models["policy"], rollout.tokens, rollout.attend, 0.7)
-    np.testing.assert_allclose(rollout.old_logprobs, expected * rollout.mask, rtol=0, atol=1e-5)
+    rows = rollout.tokens, rollout.attend
+    expected = plain_logprobs(models["policy"], *rows, 0.7) * rollout.mask
+    for said in (rollout.old_logprobs, rollout.forward_logprobs, rollout.ref_logprobs):
+        np.testing.assert_allclose(said, expected, rtol=0, atol=1e-5)
+    inside = np.asarray(rollout.mask) > 0
+    for said, expected in (
+        (rollout.values, plain_values(models["critic"], *rows)),
+        (rollout.entropy, plain_entropy(models["policy"], *rows, 0.7)),
+    ):
+        np.testing.assert_allclose(said[inside], expected[inside], rtol=1e-4, atol=1e-5)
+    expected = heads.sequence_scores(models["scorer"], *rows)
+    np.testing.assert_allclose(rollout.scores, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_epochs_of_minibatches_use_every_row_once_an_epoch(models):
@@ -464,8 +530,8 @@ def test_epochs_of_minibatches_use_every_row_once_an_epoch(models):
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), batch.returns[:, len(PROMPT)])
         return jnp.mean(batch.returns) * sum(jnp.sum(x) for x in jax.tree.leaves(params)), {}
 
-    batch, _, _ = make_batch(config, models, rollout)
-    state, _ = compile_quickly(lambda s, r: ppo.update(loss, config, s, r))(state, rollout)
+    batch, _, _ = make_batch(config, rollout)
+    state, _ = update(loss, config)(state, rollout)
     jax.block_until_ready(state)
     jax.effects_barrier()
     assert int(state.train.step) == 12 and len(seen) == 12
@@ -493,23 +559,28 @@ def demonstrations(rng, count=4, width=8):
 def comparisons(rng, count=4, width=7):
     tokens = rng.integers(0, 5, (count, 3, width))
     attend = np.arange(width) < rng.integers(2, width, (count, 3, 1))
-    mask = np.ones((count, 3))
-    mask[1, 2] = 0
+    present = np.ones((count, 3))
+    present[1, 2] = 0
     attend[1, 2] = False
+    mask = attend & (np.arange(width) >= 1)
     ranks = ints([[0, 1, 2], [1, 0, 0], [0, 0, 1], [1, 1, 1]])
     margin, scores = (
         floats([0, 0.5, 0.1, 1.0]),
         floats([[5, 3, 1], [2, 4, 0], [3, 3, 1], [2, 2, 2]]),
     )
-    return Comparisons(ints(tokens), ints(attend), ranks, floats(mask), margin, scores)
+    said = ints(tokens), ints(attend), floats(mask)
+    return Comparisons(*said, ranks, floats(present), margin, scores)
 
 
 def ppo_batch(models):
     """A batch off the policy, so that every part of the loss is at work."""
     rng = np.random.default_rng(4)
     config = plain_config(whiten_advantages=True, score_at="after_eos")
-    batch, _, _ = make_batch(config, models, some_rollout(models))
-    noise = lambda x, scale: x + floats(scale * rng.normal(size=x.shape))  # noqa: E731
+    batch, _, _ = make_batch(config, some_rollout(models))
+
+    def noise(x, scale):
+        return x + floats(scale * rng.normal(size=x.shape))
+
     return config, batch._replace(
         old_logprobs=noise(batch.old_logprobs, 0.3), old_values=noise(batch.old_values, 0.3)
     )
@@ -542,14 +613,17 @@ def task(request, models):
 def with_garbage(batch):
     """Other content wherever nothing is said: tokens where attend is 0, numbers where masks are."""
     rng = np.random.default_rng(6)
-    noise = lambda x: floats(50.0 * rng.normal(size=x.shape))  # noqa: E731
+
+    def noise(x):
+        return floats(50.0 * rng.normal(size=x.shape))
+
     tokens = jnp.where(batch.attend > 0, batch.tokens, ints(rng.integers(0, 5, batch.tokens.shape)))
     batch = batch._replace(tokens=tokens)
     if isinstance(batch, Comparisons):
         ranks = ints(rng.integers(0, 9, batch.ranks.shape))
         return batch._replace(
-            ranks=jnp.where(batch.mask > 0, batch.ranks, ranks),
-            scores=jnp.where(batch.mask > 0, batch.scores, noise(batch.scores)),
+            ranks=jnp.where(batch.present > 0, batch.ranks, ranks),
+            scores=jnp.where(batch.present > 0, batch.scores, noise(batch.scores)),
         )
     if isinstance(batch, ppo.Batch):
         where = {"old_logprobs": batch.mask, "advantages": batch.mask}
@@ -562,11 +636,12 @@ def with_garbage(batch):
 def padded(batch, left, right):
     """More columns of padding; numbers per row or response have no columns and stay."""
     width = batch.tokens.shape[-1]
-    wide = lambda x: (  # noqa: E731
-        jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(left, right)], constant_values=0)
-        if x.shape[-1] == width
-        else x
-    )
+
+    def wide(x):
+        if x.shape[-1] != width:
+            return x
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(left, right)], constant_values=0)
+
     return with_garbage(type(batch)(*map(wide, batch)))
 
 
@@ -580,7 +655,9 @@ def test_more_padding_on_either_side_never_changes_a_loss(task):
     loss, config, params, batch = task
     wider = config
     if isinstance(config, ppo.Config):  # the response may now be longer
-        wider = dataclasses.replace(config, max_new_tokens=config.max_new_tokens + 2)
+        longer = config.sampling.max_new_tokens + 2
+        sampling = dataclasses.replace(config.sampling, max_new_tokens=longer)
+        wider = dataclasses.replace(config, sampling=sampling)
     same_loss_and_gradients(loss, params, (config, batch), (wider, padded(batch, 3, 2)))
 
 
@@ -599,7 +676,7 @@ def test_micro_batches_change_neither_the_loss_nor_its_gradients_nor_its_metrics
 def test_micro_batches_that_do_not_divide_the_rows_are_refused(models):
     with pytest.raises(ValueError, match="micro_batches=3 does not divide a batch of 4 rows"):
         _, _, params, batch = make_task("sft", models)
-        sft.loss(sft.Config(micro_batches=3), params, batch)
+        sft.loss(sft.Config(batch_size=33, micro_batches=3), params, batch)
 
 
 def test_documents_packed_into_one_row_give_the_loss_of_documents_of_their_own(models):
@@ -649,7 +726,7 @@ def test_the_reward_model_loss_is_the_mean_over_prompts_of_their_pairs(models):
     for b in range(rows):
         terms = []
         for i, j in itertools.permutations(range(responses), 2):
-            if batch.mask[b, i] * batch.mask[b, j] and batch.ranks[b, i] < batch.ranks[b, j]:
+            if batch.present[b, i] * batch.present[b, j] and batch.ranks[b, i] < batch.ranks[b, j]:
                 gap = scores[b, i] - scores[b, j]
                 both = scores[b, i] + scores[b, j]
                 rank = math.log1p(math.exp(-(gap - float(batch.margin[b]))))
@@ -681,7 +758,7 @@ def test_with_pairs_the_reward_model_loss_is_that_of_trl(models):
         ((0.0, 0.1, 0.2), 0.0, 0.547231),
         ((0.0, 0.0, 0.0), 0.01, 0.525029),
     ]:
-        batch = Comparisons(tokens, ones, ranks, jnp.ones((3, 2)), floats(margin))
+        batch = Comparisons(tokens, ones, ones * 1.0, ranks, jnp.ones((3, 2)), floats(margin))
         config = reward_model.Config(centring_coef=coefficient)
         (value, _), _ = gradient_of(reward_model.loss)(config, params, batch)
         assert float(value) == pytest.approx(printed, abs=2e-6)
@@ -724,7 +801,7 @@ def test_the_compiled_sft_step_holds_no_array_of_batch_times_time_times_vocabula
     batch = described(Demonstrations, rows, width)
 
     def compiled(loss):
-        step = compile_quickly(lambda s, b: training.update(loss, config, s, b))
+        step = compile_quickly(lambda s, b: loop.update(loss, config, s, {}, b))
         program = step.lower(state, batch).compile()
         return largest_array(program), program.memory_analysis().temp_size_in_bytes
 
@@ -737,19 +814,16 @@ def test_the_compiled_sft_step_holds_no_array_of_batch_times_time_times_vocabula
 
 def test_the_compiled_ppo_step_holds_no_array_of_batch_times_time_times_vocabulary():
     rows, prompt, new = 2, 16, 256
-    config = ppo.Config(max_new_tokens=new, batch_size=rows)
-    policy = wide_model()
-    state = jax.eval_shape(lambda p: ppo.init_state(config, p, None), policy)
+    config = ppo.Config(sampling=Sampling(max_new_tokens=new), batch_size=rows)
+
+    def start(policy):
+        return online.init_state(config, FIRST_MEMORY, ppo.networks(config, policy, None))
+
+    state = jax.eval_shape(start, wide_model())
     rollout = described(Rollout, rows, prompt + new)
-    vector = lambda kind: jax.ShapeDtypeStruct((rows,), kind)  # noqa: E731
-    rollout = rollout._replace(
-        scores=vector(jnp.float32),
-        finished=vector(jnp.float32),
-        lengths=vector(jnp.int32),
-        index=vector(jnp.int32),
-    )
-    step = compile_quickly(lambda s, r: ppo.update(ppo.loss, config, s, r))
-    program = step.lower(state, rollout).compile()
+    kinds = {"scores": "float32", "finished": "float32", "lengths": "int32", "index": "int32"}
+    vectors = {name: jax.ShapeDtypeStruct((rows,), kind) for name, kind in kinds.items()}
+    program = update(ppo.loss, config).lower(state, rollout._replace(**vectors)).compile()
     whole = rows * new * 4096
     assert largest_array(program) < whole
     assert program.memory_analysis().temp_size_in_bytes < 4 * whole

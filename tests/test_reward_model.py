@@ -1,5 +1,7 @@
 """The losses a reward model is trained with, on scores that are given: each against its formula."""
 
+import dataclasses
+import functools
 import math
 
 import jax
@@ -32,7 +34,7 @@ def one_batch(examples):
 def given(monkeypatch):
     """The scorer says SCORES, whatever it reads."""
     monkeypatch.setattr(
-        reward_model, "score_batch", lambda scorer, batch, *_: SCORES[:, : batch.mask.shape[1]]
+        reward_model, "score_batch", lambda scorer, batch, *_: SCORES[:, : batch.present.shape[1]]
     )
     return {"scorer": None}
 
@@ -49,7 +51,7 @@ def test_scores_of_the_data_reach_the_batch_with_the_ranks_that_follow():
     batch = ranked()
     assert batch.scores.tolist() == [[4, 8, 6], [2, 1, 0]]
     assert batch.ranks.tolist() == [[2, 0, 1], [0, 1, 0]]
-    assert batch.mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.present.tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 def test_ranks_stand_in_for_scores_that_no_row_gives():
@@ -108,6 +110,38 @@ def test_ratings_that_only_some_rows_give_are_refused(given):
         with pytest.raises(ValueError, match="which only some rows of the dataset have; give ev"):
             loss(CONFIG, given, mixed)
     reward_model.loss(CONFIG, given, mixed)
+
+
+def test_the_held_out_loss_is_the_plain_rank_loss_whatever_trained_the_scorer():
+    scorer = reward_model.init_scorer(tiny.model(), jax.random.key(7))
+
+    def held_out(centring_coef, **margin):
+        pairs = [{"prompt": w, "chosen": w[::-1], "rejected": w, **margin} for w in tiny.WORDS]
+        loader = Loader(batches.comparisons(pairs, BYTES, 4, 4), 8)
+        config = reward_model.Config(centring_coef=centring_coef)
+        scores = reward_model.score_all(scorer, loader, mesh=tiny.mesh())["scores"]
+        return reward_model.evaluate(config, scorer, loader, mesh=tiny.mesh()), scores
+
+    figures, scores = held_out(centring_coef=5.0, margin=3.0)
+    losses = [nll(float(chosen - rejected)) for chosen, rejected in scores]
+    assert len(losses) == 12  # of two batches, the second one padded
+    assert figures["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert figures["accuracy"] == pytest.approx(np.mean(scores[:, 0] > scores[:, 1]))
+    assert held_out(centring_coef=0.0)[0] == figures
+
+
+def test_training_a_scorer_again_goes_on_with_its_head():
+    scorer = reward_model.init_scorer(tiny.model(), jax.random.key(7))
+    bias = {**scorer.weights["score"], "bias": jnp.array([0.25])}
+    scorer = transformer.Model(scorer.config, {**scorer.weights, "score": bias})
+    slow = dataclasses.replace(tiny.ADAM, learning_rate=1e-12)
+    config = dataclasses.replace(tiny.REWARD_MODEL, num_steps=1, optimizer=slow, seed=3)
+    again = reward_model.run(config, scorer, tiny.comparisons(), runtime=tiny.runtime()).scorer
+    same = functools.partial(np.testing.assert_allclose, atol=1e-9)
+    jax.tree.map(same, again, scorer)
+    both_heads = transformer.Model(scorer.config, {**tiny.model().weights, "score": bias})
+    kept = reward_model.init_scorer(both_heads, jax.random.key(0))
+    assert kept.weights["score"] is bias and "head" not in kept.weights
 
 
 def test_packed_rows_are_refused_where_each_document_is_to_have_a_score():

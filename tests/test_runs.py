@@ -1,7 +1,6 @@
 """Whole runs: the same on every mesh and micro-batch split, and after any interruption."""
 
 import dataclasses
-import functools
 import shutil
 
 import jax
@@ -9,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tiny import distance, equal, run_ppo
 
+from rlhf_jax import online
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.rewards import learned
 from rlhf_jax.training.checkpoint import Checkpoints
@@ -18,30 +19,9 @@ from rlhf_jax.training.state import TrainingStopped
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
-def run_ppo(config=tiny.PPO, mesh="1x1x1", checkpoints=None, **changes):
-    policy = tiny.model(mesh)
-    scorer = reward_model.init_scorer(policy, jax.random.key(7))
-    arguments = {"score": learned.score, "scorer": scorer, "critic": scorer} | changes
-    return ppo.run(
-        config,
-        policy=policy,
-        prompts=tiny.prompts(config.batch_size),
-        mesh=tiny.mesh(mesh),
-        checkpoints=checkpoints,
-        **arguments,
-        **tiny.ENDS,
-    )
-
-
-def distance(tree, other):
-    """Norm of the difference of two trees, on the host."""
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other))
-    return float(np.sqrt(sum(np.sum((np.asarray(a) - np.asarray(b)) ** 2) for a, b in pairs)))
-
-
-def equal(tree, other):
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other))
-    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+def at_temperature(config, temperature):
+    sampling = dataclasses.replace(config.sampling, temperature=temperature)
+    return dataclasses.replace(config, sampling=sampling)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +67,8 @@ def test_sft_and_reward_model_runs_are_the_same_on_every_mesh(mesh):
         (sft.run, tiny.SFT, tiny.demonstrations, lambda r: r.policy),
         (reward_model.run, tiny.REWARD_MODEL, tiny.comparisons, lambda r: r.scorer),
     ):
-        alone = run(config, tiny.model(), data(), mesh=tiny.mesh())
-        split = run(config, tiny.model(mesh), data(), mesh=tiny.mesh(mesh))
+        alone = run(config, tiny.model(), data(), runtime=tiny.runtime())
+        split = run(config, tiny.model(mesh), data(), runtime=tiny.runtime(mesh))
         np.testing.assert_allclose(
             [h["loss"] for h in split.history], [h["loss"] for h in alone.history], rtol=1e-5
         )
@@ -107,9 +87,10 @@ def test_the_critic_and_the_policy_are_different_networks_after_one_iteration():
 
 def test_a_shared_critic_is_a_head_on_the_policy_and_starts_at_zero():
     config = dataclasses.replace(tiny.PPO, num_iterations=1, shared_critic=True)
-    state = ppo.init_state(config, tiny.model(), None)
-    assert float(jnp.abs(state.train.trainable["policy"].weights["score"]["kernel"]).max()) == 0
-    result = run_ppo(config)
+    trained = ppo.networks(config, tiny.model(), None)
+    assert list(trained) == ["policy"]
+    assert float(jnp.abs(trained["policy"].weights["score"]["kernel"]).max()) == 0
+    result = run_ppo(config, critic=None)
     assert result.critic is None
     assert float(jnp.abs(result.policy.weights["score"]["kernel"]).max()) > 0
 
@@ -150,16 +131,14 @@ def test_a_run_interrupted_anywhere_ends_with_the_same_bits(stage, tmp_path):
                     dataclasses.replace(tiny.SFT, save_every=1),
                     tiny.model(),
                     tiny.demonstrations(),
-                    mesh=tiny.mesh(),
-                    checkpoints=checkpoints,
+                    runtime=tiny.runtime(checkpoints=checkpoints),
                 )
                 return result.policy, None, result.history
             result = reward_model.run(
                 dataclasses.replace(tiny.REWARD_MODEL, save_every=1),
                 tiny.model(),
                 tiny.comparisons(),
-                mesh=tiny.mesh(),
-                checkpoints=checkpoints,
+                runtime=tiny.runtime(checkpoints=checkpoints),
             )
             return result.scorer, None, result.history
 
@@ -178,17 +157,6 @@ def test_a_run_interrupted_anywhere_ends_with_the_same_bits(stage, tmp_path):
             assert {k: v for k, v in line.items() if k not in timed} == {
                 k: v for k, v in expected.items() if k not in timed
             }
-
-
-def test_collect_and_update_compile_once_each_in_a_run(caplog):
-    """Four iterations, two programs of ours: jax logs every compilation by name."""
-    with jax.log_compiles(), caplog.at_level("WARNING"):
-        run_ppo()
-    compiled = [
-        r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()
-    ]
-    assert sum("jit(sample)" in message for message in compiled) == 1
-    assert sum("jit(step)" in message for message in compiled) == 1
 
 
 def test_a_reward_that_turns_nan_stops_at_its_iteration_and_keeps_the_last_good_checkpoint(
@@ -226,25 +194,25 @@ def test_a_reference_that_is_not_the_policy_stops_the_run():
         "check/reference_gap": 0.3,
     }
     with pytest.raises(TrainingStopped, match="iteration 0: the policy is not the reference"):
-        ppo.check(tiny.PPO, "float32", 0, metrics)
-    ppo.check(tiny.PPO, "float32", 1, metrics)
+        online.check(tiny.PPO, "float32", 0, metrics)
+    online.check(tiny.PPO, "float32", 1, metrics)
 
 
 def test_a_sampler_that_disagrees_with_the_loss_stops_the_run(monkeypatch):
     """Sampling at another temperature than the loss scores at is the field's commonest fault."""
-    real = ppo.rollouts.collect
+    real = online.sample
 
-    def hotter(*args, temperature, **kwargs):
-        return real(*args, temperature=1.5 * temperature, **kwargs)
+    def hotter(drawing, config, *rest):
+        return real(drawing, at_temperature(config, 1.5), *rest)
 
-    monkeypatch.setattr(ppo.rollouts, "collect", hotter)
+    monkeypatch.setattr(online, "sample", hotter)
     with pytest.raises(TrainingStopped, match="iteration 0: sampler and loss disagree"):
         run_ppo()
 
 
 def test_temperature_is_the_same_for_sampler_policy_and_reference():
     """At temperature 0.7 the KL of iteration 0 is 0 and the ratio 1, as at 1."""
-    config = dataclasses.replace(tiny.PPO, num_iterations=1, temperature=0.7)
+    config = at_temperature(dataclasses.replace(tiny.PPO, num_iterations=1), 0.7)
     (line,) = run_ppo(config).history
     assert abs(line["objective/kl"]) < 1e-4 and line["check/logprob_gap"] < 1e-5
 
@@ -259,8 +227,8 @@ def test_bfloat16_takes_old_logprobs_from_the_scorer_and_bounds_the_sampler_gap(
         score=learned.score,
         scorer=scorer,
         prompts=tiny.prompts(16),
-        mesh=tiny.mesh(),
-        **tiny.ENDS,
+        tokenizer=tiny.TOKENIZER,
+        runtime=tiny.runtime(),
     )
     for line in result.history:
         assert line["check/sampler_gap"] < 0.05
@@ -268,7 +236,7 @@ def test_bfloat16_takes_old_logprobs_from_the_scorer_and_bounds_the_sampler_gap(
     figures = {name: float(value) for name, value in result.history[1].items()}
     for fault in ({"check/sampler_gap": 0.06}, {"check/logprob_gap": 0.6}):
         with pytest.raises(TrainingStopped, match="sampler and loss disagree"):
-            ppo.check(tiny.PPO, "bfloat16", 3, figures | fault)
+            online.check(tiny.PPO, "bfloat16", 3, figures | fault)
 
 
 def test_different_seeds_differ_and_equal_seeds_are_equal():
@@ -281,23 +249,23 @@ def test_different_seeds_differ_and_equal_seeds_are_equal():
 
 def test_sizes_that_do_not_divide_are_refused_by_name():
     for changes, message in (
-        ({"num_minibatches": 3}, "batch_size=16 is not a multiple of num_minibatches=3"),
-        ({"micro_batches": 3}, "is not a multiple of micro_batches=3"),
+        ({"num_minibatches": 3}, "16 responses .* are not a multiple of num_minibatches=3"),
+        ({"micro_batches": 3}, "a minibatch of 8 .* is not a multiple of micro_batches=3"),
     ):
         with pytest.raises(ValueError, match=message):
             run_ppo(dataclasses.replace(tiny.PPO, **changes))
     with pytest.raises(ValueError, match="batch_size=12 does not divide over data x fsdp = 8"):
         config = dataclasses.replace(tiny.SFT, batch_size=12)
-        sft.run(config, tiny.model("8x1x1"), tiny.demonstrations(12), mesh=tiny.mesh("8x1x1"))
+        sft.run(config, tiny.model("8x1x1"), tiny.demonstrations(12), runtime=tiny.runtime("8x1x1"))
     with pytest.raises(ValueError, match="the loader draws batches of 12, but .* batch_size=8"):
-        sft.run(tiny.SFT, tiny.model(), tiny.demonstrations(12), mesh=tiny.mesh())
+        sft.run(tiny.SFT, tiny.model(), tiny.demonstrations(12), runtime=tiny.runtime())
 
 
 def test_a_loss_that_scores_at_another_temperature_stops_the_run():
     """The first minibatch of the reader's own loss must start at ratio 1 too."""
 
     def colder(config, params, batch):
-        return ppo.loss(dataclasses.replace(config, temperature=0.7), params, batch)
+        return ppo.loss(at_temperature(config, 0.7), params, batch)
 
     with pytest.raises(TrainingStopped, match="iteration 0: the loss starts at approxkl"):
         run_ppo(loss_fn=colder)
@@ -305,7 +273,7 @@ def test_a_loss_that_scores_at_another_temperature_stops_the_run():
 
 def test_the_state_is_donated_and_the_callers_policy_is_not():
     policy = tiny.model()
-    sft.run(tiny.SFT, policy, tiny.demonstrations(), mesh=tiny.mesh())
+    sft.run(tiny.SFT, policy, tiny.demonstrations(), runtime=tiny.runtime())
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(policy))
 
 
@@ -324,7 +292,7 @@ def test_weights_are_arguments_of_the_first_program_not_constants_in_it():
     """Closed over, they would be stored in the program, whole on every host."""
     policy = tiny.model()
     with jax.set_mesh(tiny.mesh()):
-        start = functools.partial(ppo.init_state, tiny.PPO)
-        text = jax.jit(start).lower(policy, None).as_text()
+        trained = ppo.networks(tiny.PPO, policy, None)
+        text = jax.jit(online.init_state).lower(tiny.PPO, (), trained).as_text()
     assert max(map(len, text.splitlines())) < 20_000
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(policy)) > 80_000

@@ -9,85 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax.config import Config
+from rlhf_jax import online
+from rlhf_jax.training import loop
 from rlhf_jax.training import state as training
 from rlhf_jax.training.state import OptimizerConfig
 
 NEEDS_TORCH = "needs torch, an optional extra, as an oracle"
 
 
-# ---------------------------------------------------------------------------------- configurations
-
-
-class Inner(Config):
-    rate: float = 0.5
-    steps: int = 3
-
-
-class Outer(Config):
-    name: str = "a"
-    sizes: tuple[int, ...] = (1, 2)
-    switch: bool = False
-    coef: float = 0.1
-    target: float | None = None
-    inner: Inner = Inner()
-
-
-class Extended(Outer):
-    alpha: float = 7.0
-
-
-def test_the_leaves_of_a_config_are_its_floats_and_those_of_nested_configs():
-    assert jax.tree.leaves(Outer(target=2.0)) == [0.1, 2.0, 0.5]
-    doubled = jax.tree.map(lambda x: 2 * x, Outer())
-    assert doubled == Outer(coef=0.2, inner=Inner(rate=1.0))
-
-
-def test_a_config_is_frozen_keyword_only_and_works_with_dataclasses():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Outer().coef = 1.0
-    with pytest.raises(TypeError):
-        Inner(0.5)
-    assert dataclasses.replace(Outer(), switch=True) == Outer(switch=True)
-    assert dataclasses.asdict(Inner()) == {"rate": 0.5, "steps": 3}
-
-
-def test_a_subclass_brings_its_own_coefficient_as_a_leaf():
-    assert jax.tree.leaves(Extended(alpha=3.0)) == [0.1, 0.5, 3.0]
-    assert isinstance(Extended(), Outer)
-    assert jax.jit(lambda c: c.alpha * c.coef)(Extended()) == pytest.approx(0.7)
-
-
-def count_traces():
-    traces = []
-
-    @jax.jit
-    def program(config):
-        traces.append(config)
-        total = config.coef * config.inner.rate * config.inner.steps
-        return total if config.target is None else total + config.target
-
-    return program, traces
-
-
-def test_another_number_does_not_recompile_and_another_count_does():
-    program, traces = count_traces()
-    assert program(Outer()) == pytest.approx(0.15)
-    assert program(Outer(coef=0.2)) == pytest.approx(0.3)
-    assert program(Outer(inner=Inner(rate=1.0))) == pytest.approx(0.3)
-    assert len(traces) == 1
-    assert program(Outer(inner=Inner(steps=6))) == pytest.approx(0.3)
-    assert len(traces) == 2
-
-
-def test_switching_an_optional_number_on_recompiles_and_another_value_of_it_does_not():
-    program, traces = count_traces()
-    program(Outer())
-    assert program(Outer(target=1.0)) == pytest.approx(1.15)
-    assert program(Outer(target=2.0)) == pytest.approx(2.15)
-    assert len(traces) == 2
-    program(Outer())
-    assert len(traces) == 2
+# -------------------------------------------------------------------------------------- the steps
 
 
 def test_the_training_step_compiles_once_for_all_learning_rates():
@@ -97,7 +27,7 @@ def test_the_training_step_compiles_once_for_all_learning_rates():
     def step(config, state, batch):
         traces.append(config)
         optimizer = training.make_optimizer(config, 10)
-        return training.gradient_step(quadratic, optimizer, state, batch)
+        return training.gradient_step(quadratic, optimizer, state, {}, batch)
 
     config = OptimizerConfig(schedule="constant")
     state = training.init_state(training.make_optimizer(config, 10), {"w": jnp.ones((2, 2))})
@@ -143,8 +73,8 @@ def random_gradients(count, scale=1.0):
     shapes = {"kernel": (3, 4), "scale": (4,)}
 
     def tree(scale):
-        draw = lambda shape: jnp.asarray(scale * rng.normal(size=shape), jnp.float32)  # noqa: E731
-        return {name: draw(shape) for name, shape in shapes.items()}
+        drawn = {name: scale * rng.normal(size=shape) for name, shape in shapes.items()}
+        return {name: jnp.asarray(values, jnp.float32) for name, values in drawn.items()}
 
     return tree(1.0), [tree(scale) for _ in range(count)]
 
@@ -289,12 +219,13 @@ def test_the_optimizer_follows_its_schedule():
 # ------------------------------------------------------------------------------- the gradient step
 
 
-def fresh_state(config, frozen=True):
+REFERENCE = {"reference": {"kernel": np.full((2, 2), 3.0, np.float32)}}
+
+
+def fresh_state(config):
     optimizer = training.make_optimizer(config, 10)
     trainable = {"policy": {"kernel": jnp.full((2, 2), 1.5), "scale": jnp.ones(2)}}
-    state = training.init_state(optimizer, trainable)
-    reference = {"reference": {"kernel": jnp.full((2, 2), 3.0)}} if frozen else {}
-    return optimizer, state._replace(frozen=reference)
+    return optimizer, training.init_state(optimizer, trainable)
 
 
 def pulled(params, batch):
@@ -315,8 +246,8 @@ def same(a, b):
 def test_a_step_moves_only_what_is_trainable_and_reports_loss_and_norm():
     config = OptimizerConfig(learning_rate=0.1)
     optimizer, state = fresh_state(config)
-    new, metrics = training.gradient_step(pulled, optimizer, state, jnp.float32(2.0))
-    assert same(new.frozen, state.frozen)
+    new, metrics = training.gradient_step(pulled, optimizer, state, REFERENCE, jnp.float32(2.0))
+    assert jax.tree.structure(new) == jax.tree.structure(state)  # the reference is no part of it
     assert not same(new.trainable, state.trainable)
     # d/dx 2 (x - 3)^2 = -6 four times, d/ds 2 s = 2 twice.
     assert metrics["loss"] == pytest.approx(2 * (4 * 1.5**2 + 2))
@@ -326,6 +257,42 @@ def test_a_step_moves_only_what_is_trainable_and_reports_loss_and_norm():
     # The optimizer keeps no moments of the frozen model.
     sizes = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
     assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) <= 2 * 6 + 2, sizes
+
+
+def test_each_network_is_clipped_by_its_own_norm_and_both_norms_are_logged():
+    weights = {"policy": {"w": jnp.ones((1, 2))}, "critic": {"w": jnp.ones((1, 3))}}
+    plain = OptimizerConfig(
+        learning_rate=1e9, schedule="constant", eps=1e9, b1=0.0, b2=0.0, max_grad_norm=1.0
+    )
+
+    def loss(params, batch):
+        return 3.0 * jnp.sum(params["policy"]["w"]) + 0.1 * jnp.sum(params["critic"]["w"]), {}
+
+    class Both(online.Config):
+        def optimizers(self):
+            return {"policy": plain, "critic": plain}
+
+    optimizer = online.make_optimizer(Both())
+    state = training.init_state(optimizer, weights)
+    new, metrics = training.gradient_step(loss, optimizer, state, {}, None)
+    norms = {"policy": 3.0 * math.sqrt(2), "critic": 0.1 * math.sqrt(3)}
+    assert metrics["grad_norm/policy"] == pytest.approx(norms["policy"], rel=1e-6)
+    assert metrics["grad_norm/critic"] == pytest.approx(norms["critic"], rel=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(math.hypot(*norms.values()), rel=1e-6)
+    # Nearly plain gradient steps: the policy's is cut to norm 1, the critic's is left as it is.
+    np.testing.assert_allclose(new.trainable["policy"]["w"], 1 - 1 / math.sqrt(2), rtol=1e-5)
+    np.testing.assert_allclose(new.trainable["critic"]["w"], 0.9, rtol=1e-5)
+
+
+def test_without_a_largest_norm_nothing_is_clipped():
+    gradient = {"a": jnp.array([[3.0]])}
+    config = OptimizerConfig(
+        learning_rate=1e9, schedule="constant", eps=1e9, b1=0.0, b2=0.0, max_grad_norm=None
+    )
+    (moved,) = trajectory(config, jax.tree.map(jnp.zeros_like, gradient), [gradient])
+    np.testing.assert_allclose(moved["a"], [[-3.0]], rtol=1e-5)
+    with pytest.raises(ValueError, match="max_grad_norm=0.0 must be"):
+        OptimizerConfig(max_grad_norm=0.0)
 
 
 def test_the_state_holds_a_copy_of_what_it_was_given():
@@ -338,7 +305,7 @@ def test_the_state_holds_a_copy_of_what_it_was_given():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_loss_keeps_the_state_bit_for_bit_and_freezes_it(bad):
     optimizer, state = fresh_state(OptimizerConfig(learning_rate=0.1))
-    step = jax.jit(lambda s, b: training.gradient_step(pulled, optimizer, s, b))
+    step = jax.jit(lambda s, b: training.gradient_step(pulled, optimizer, s, REFERENCE, b))
     good, _ = step(state, jnp.float32(1.0))
     broken, metrics = step(good, jnp.float32(bad))
     assert same(broken._replace(bad_step=good.bad_step), good)
@@ -356,7 +323,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_caught_too():
         # sqrt(0) = 0 but its derivative is infinite.
         return jnp.sqrt(jnp.sum(params["policy"]["scale"]) - 2.0) * batch, {}
 
-    new, metrics = training.gradient_step(loss, optimizer, state, jnp.float32(1.0))
+    new, metrics = training.gradient_step(loss, optimizer, state, {}, jnp.float32(1.0))
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
     assert int(new.bad_step) == 0 and same(new.trainable, state.trainable)
 
@@ -368,17 +335,15 @@ def test_the_host_stops_at_a_bad_step_and_names_it():
 
 
 def test_a_supervised_update_logs_the_rate_it_used():
-    class Task(Config):
-        optimizer: OptimizerConfig = OptimizerConfig(learning_rate=0.5)
-        num_steps: int = 4
+    config = loop.Config(optimizer=OptimizerConfig(learning_rate=0.5), num_steps=4)
 
     def loss(config, params, batch):
         return quadratic(params, batch)
 
-    _, state = fresh_state(Task().optimizer, frozen=False)
+    _, state = fresh_state(config.optimizer)
     logged = []
     for _ in range(4):
-        state, metrics = training.update(loss, Task(), state, jnp.float32(0.0))
+        state, metrics = loop.update(loss, config, state, {}, jnp.float32(0.0))
         logged.append(float(metrics["lr"]))
     np.testing.assert_allclose(logged, [0.5, 0.375, 0.25, 0.125], rtol=1e-6)
 

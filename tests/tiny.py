@@ -1,9 +1,16 @@
 """A tiny text task that the tests of whole runs share: bytes, one layer, eight tokens."""
 
+import jax
+import numpy as np
+
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.data import batches, tokenizers
 from rlhf_jax.models import transformer
+from rlhf_jax.rewards import learned
+from rlhf_jax.sampling.decode import Sampling
+from rlhf_jax.training.loop import Runtime
+from rlhf_jax.training.metrics import Log
 from rlhf_jax.training.state import OptimizerConfig
 
 MESHES = {
@@ -31,24 +38,28 @@ REWARD_MODEL = reward_model.Config(num_steps=6, batch_size=8, optimizer=ADAM, sa
 PPO = ppo.Config(
     num_iterations=4,
     batch_size=16,
-    max_new_tokens=8,
+    sampling=Sampling(max_new_tokens=8),
     num_epochs=2,
     num_minibatches=2,
     policy_optimizer=ADAM,
     critic_optimizer=ADAM,
     save_every=1,
 )
-ENDS = {"eos_ids": TOKENIZER.eos_ids, "pad_id": TOKENIZER.pad_id}
 
 
 def mesh(name="1x1x1"):
     return sharding.make_mesh(*MESHES[name])
 
 
-def model(name="1x1x1", seed=0):
-    import jax
+def runtime(name="1x1x1", checkpoints=None):
+    """A runtime on one of the meshes that prints nothing."""
+    return Runtime(mesh(name), Log(quiet=True), checkpoints)
 
-    return sharding.born(mesh(name), lambda: transformer.init(SHAPE, jax.random.key(seed)))
+
+def model(name="1x1x1", seed=0):
+
+    key = jax.random.key(seed)
+    return sharding.initialise(mesh(name), transformer.init, SHAPE, key, static_argnums=0)
 
 
 def demonstrations(batch_size=8, seed=0):
@@ -64,6 +75,33 @@ def comparisons(batch_size=8, seed=0):
 def prompts(batch_size=16, seed=0):
     rows = [{"prompt": word} for word in WORDS]
     return batches.Loader(batches.prompts(rows, TOKENIZER, 4), batch_size, seed)
+
+
+def run_ppo(config=PPO, mesh="1x1x1", checkpoints=None, **changes):
+    """PPO against a fresh scorer, whose copy is the critic; `changes` are other inputs."""
+    policy = model(mesh)
+    scorer = reward_model.init_scorer(policy, jax.random.key(7))
+    reward = {"score": learned.score, "scorer": scorer}
+    arguments = {"prompts": prompts(config.batch_size), "critic": scorer, **reward} | changes
+    return ppo.run(
+        config,
+        policy=policy,
+        tokenizer=TOKENIZER,
+        runtime=runtime(mesh, checkpoints),
+        **arguments,
+    )
+
+
+def distance(tree, other):
+    """Norm of the difference of two trees, on the host."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other))
+    return float(np.sqrt(sum(np.sum((np.asarray(a) - np.asarray(b)) ** 2) for a, b in pairs)))
+
+
+def equal(tree, other):
+    """Whether two trees are the same, bit for bit."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other))
+    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
 
 
 def share_below_128(params, tokens, attend, mask):

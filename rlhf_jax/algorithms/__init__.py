@@ -1,1 +1,1 @@
-"""One file an algorithm: Config, loss, run. They never import each other."""
+"""One file per algorithm: Config, loss, run. They never import each other."""

@@ -13,30 +13,39 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rlhf_jax import config, losses, sharding
-from rlhf_jax.data.batches import Comparisons, Demonstrations, Loader, real_rows
+from rlhf_jax import losses
+from rlhf_jax.config import Count, NonNegative, Whole
+from rlhf_jax.data import epoch, loader
+from rlhf_jax.data.batches import Comparisons, Demonstrations, Loader
 from rlhf_jax.models import heads, transformer
 from rlhf_jax.models.transformer import Model
+from rlhf_jax.rewards import agreement
 from rlhf_jax.training import loop
-from rlhf_jax.training import state as training
-from rlhf_jax.training.checkpoint import Checkpoints
-from rlhf_jax.training.metrics import Log
+from rlhf_jax.training.loop import Runtime
+from rlhf_jax.training.metrics import Display
+
+DISPLAY = Display(
+    "Reward model",
+    ("loss", "rewards/accuracies"),
+    {
+        "loss": "Loss",
+        "rewards/accuracies": "Accuracy on comparisons",
+        "rewards/margins": "Margin, chosen minus rejected",
+    },
+)
 
 
-class Config(config.Config):
+class Config(loop.Config):
     """Settings of a reward-model run.
 
-    All responses of a prompt are one element of a batch, so that no pair of it is seen apart from
-    the others (it overfits otherwise).
+    All responses to a prompt are one element of a batch, so that its pairs are seen together (the
+    model overfits otherwise). `batch_size` counts prompts.
     """
 
-    num_steps: int = 300
-    batch_size: int = 32  # prompts, each with all its responses
-    micro_batches: int = 1  # slices of a forward pass, to save memory; the loss is the same
-    centring_coef: float = 0.0  # weight of (chosen + rejected)^2 of every pair
-    optimizer: training.OptimizerConfig = training.OptimizerConfig()
-    save_every: int = 300  # steps between checkpoints
-    seed: int = 0
+    num_steps: Count = 300
+    save_every: Count = 300
+    centring_coef: NonNegative = 0.0  # weight of (chosen + rejected)^2 of every pair
+    seed: Whole = 0  # of the scalar head that training starts from
 
 
 class Result(NamedTuple):
@@ -47,9 +56,8 @@ class Result(NamedTuple):
 
 
 def score_batch(scorer: Model, batch: Comparisons, micro_batches: int = 1) -> Float[Array, "B K"]:
-    """Scores of all responses, [B, K, T] -> [B, K]; absent responses (mask 0) score 0."""
+    """Scores of all responses, [B, K, T] -> [B, K]; absent responses score 0."""
     prompts, responses, length = batch.tokens.shape
-    flat = lambda x: x.reshape(prompts, responses * length)  # noqa: E731
 
     def forward(tokens, attend):
         scores = heads.sequence_scores(
@@ -57,8 +65,10 @@ def score_batch(scorer: Model, batch: Comparisons, micro_batches: int = 1) -> Fl
         )
         return scores.reshape(-1, responses)
 
-    scores = heads.map_rows(forward, micro_batches, flat(batch.tokens), flat(batch.attend))
-    return jnp.where(batch.mask > 0, scores, 0.0)
+    # All responses of a prompt as one row, so that a slice of rows holds whole prompts.
+    rows = (x.reshape(prompts, responses * length) for x in (batch.tokens, batch.attend))
+    scores = heads.map_rows(forward, micro_batches, *rows)
+    return jnp.where(batch.present > 0, scores, 0.0)
 
 
 def loss(config: Config, params: dict, batch: Comparisons):
@@ -69,41 +79,41 @@ def loss(config: Config, params: dict, batch: Comparisons):
     (chosen + rejected)^2 with the same weights.
     """
     scores = score_batch(params["scorer"], batch, config.micro_batches)
-    ranking = losses.kwise_rank_loss(scores, batch.ranks, batch.mask, batch.margin)
+    ranking = losses.kwise_rank_loss(scores, batch.ranks, batch.present, batch.margin)
     return _mean_over_prompts(config, scores, ranking, batch)
 
 
 def rating_gap_loss(config: Config, params: dict, batch: Comparisons):
     """`loss` with the gap of a pair's ratings as its margin (Llama 2, arXiv:2307.09288, eq. 2).
 
-    Ratings are as the data gives them: divide them there to have smaller margins.
+    Ratings are taken from the data as they are: scale them there for smaller margins.
     """
     scores = score_batch(params["scorer"], batch, config.micro_batches)
     ratings = _ratings(batch)
     gap = ratings[:, :, None] - ratings[:, None, :]
-    ranking = losses.kwise_rank_loss(scores, batch.ranks, batch.mask, gap)
+    ranking = losses.kwise_rank_loss(scores, batch.ranks, batch.present, gap)
     return _mean_over_prompts(config, scores, ranking, batch)
 
 
 def plackett_luce_loss(config: Config, params: dict, batch: Comparisons):
     """Mean over prompts of -log P(ranking) under Plackett-Luce, nats; `centring_coef` as in `loss`.
 
-    A prompt with nine responses weighs more than one with two: it is a likelihood.
+    It is a likelihood, so a prompt with nine responses weighs more than one with two.
     """
     scores = score_batch(params["scorer"], batch, config.micro_batches)
-    ranking = losses.plackett_luce_loss(scores, batch.ranks, batch.mask)
+    ranking = losses.plackett_luce_loss(scores, batch.ranks, batch.present)
     return _mean_over_prompts(config, scores, ranking, batch)
 
 
 def regression_loss(config: Config, params: dict, batch: Comparisons):
     """Mean over responses of (score - rating)^2, single responses and ties included.
 
-    Ratings are those of the data; labels are 1 or 0, and ranks without ratings count from 1 for the
-    best down to 0 for the worst.
+    Ratings are those of the data; labels give 1 or 0, and ranks alone give 1 for the best response
+    down to 0 for the worst.
     """
     scores = score_batch(params["scorer"], batch, config.micro_batches)
     squares = losses.score_regression_loss(scores=scores, targets=_ratings(batch))
-    return losses.masked_mean(squares, batch.mask), _metrics(scores, batch)
+    return losses.masked_mean(squares, batch.present), _metrics(scores, batch)
 
 
 def _ratings(batch: Comparisons) -> Float[Array, "B K"]:
@@ -118,32 +128,45 @@ def _ratings(batch: Comparisons) -> Float[Array, "B K"]:
 def _mean_over_prompts(
     config: Config, scores: Float[Array, "B K"], ranking: Float[Array, " B"], batch: Comparisons
 ):
-    pairs = losses.ranked_pairs(batch.ranks, batch.mask)
-    centring = losses.masked_mean(
-        jnp.square(scores[:, :, None] + scores[:, None, :]), pairs, axis=(1, 2)
-    )
+    pairs = losses.ranked_pairs(batch.ranks, batch.present)
+    better, worse = _each_pair(scores)
+    penalty = losses.centring_penalty(chosen=better, rejected=worse)
+    centring = losses.masked_mean(penalty, pairs, axis=(1, 2))
     usable = jnp.max(pairs, axis=(1, 2))
     value = losses.masked_mean(ranking + config.centring_coef * centring, usable)
     return value, _metrics(scores, batch)
 
 
+def _each_pair(scores: Float[Array, "B K"]) -> list[Float[Array, "B K K"]]:
+    """The scores of i and of j at [b, i, j]."""
+    return jnp.broadcast_arrays(scores[:, :, None], scores[:, None, :])
+
+
 def _metrics(scores: Float[Array, "B K"], batch: Comparisons) -> dict[str, Array]:
-    pairs = losses.ranked_pairs(batch.ranks, batch.mask)
-    gap = scores[:, :, None] - scores[:, None, :]
-    right = (gap > 0) + 0.5 * (gap == 0)
+    """Means over the pairs in which one response is ranked above the other."""
+    pairs = losses.ranked_pairs(batch.ranks, batch.present)
+    chosen, rejected = _each_pair(scores)
+    correct = (chosen > rejected) + 0.5 * (chosen == rejected)
     return {
-        "rewards/accuracies": losses.masked_mean(right, pairs),
-        "rewards/margins": losses.masked_mean(gap, pairs),
-        "rewards/chosen": losses.masked_mean(scores[:, :, None] + 0 * gap, pairs),
-        "rewards/rejected": losses.masked_mean(scores[:, None, :] + 0 * gap, pairs),
+        "rewards/accuracies": losses.masked_mean(correct, pairs),
+        "rewards/margins": losses.masked_mean(chosen - rejected, pairs),
+        "rewards/chosen": losses.masked_mean(chosen, pairs),
+        "rewards/rejected": losses.masked_mean(rejected, pairs),
         "num_pairs": jnp.sum(pairs),
         "num_prompts": jnp.sum(jnp.max(pairs, axis=(1, 2))),
     }
 
 
 def init_scorer(policy: Model, key: Array) -> Model:
-    """A language model's trunk under a fresh scalar head: normal, std 1 / sqrt(D + 1), bias 0."""
-    return transformer.with_score_head(transformer.without_lm_head(policy), key)
+    """The scorer that training starts from: the model without its language-model head.
+
+    A scalar head that the model already has is kept; otherwise `transformer.with_score_head` draws
+    a new one from `key`.
+    """
+    scorer = transformer.without_lm_head(policy)
+    if transformer.has_score_head(scorer):
+        return scorer
+    return transformer.with_score_head(scorer, key)
 
 
 def run(
@@ -153,102 +176,102 @@ def run(
     *,
     loss_fn: Callable = loss,
     name: str = "reward_model",
-    mesh: jax.sharding.Mesh | None = None,
-    log: Log | None = None,
-    checkpoints: Checkpoints | None = None,
+    held_out: Loader | None = None,
+    runtime: Runtime | None = None,
 ) -> Result:
     """Trains a scorer that starts as `policy` (usually the SFT model) under a scalar head.
 
-    Continues from the newest checkpoint where there is one. Not centred yet: see `centre`. `name`
-    is the stage's in the log.
-    Raises ValueError if the batch does not divide over the mesh, TrainingStopped on a non-finite
-    step.
+    A scalar head that `policy` already has, as a reward model does, is trained further; pass
+    `transformer.without_score_head(policy)` to start a new one. Continues from the newest
+    checkpoint where there is one. The result is not centred: see `centre`. `name` is the stage's in
+    the log. `held_out` is evaluated every `eval_every` steps ("eval/loss", "eval/accuracy" and its
+    interval). Raises ValueError if the batch does not divide over the mesh, TrainingStopped on a
+    non-finite step.
     """
+    runtime = runtime or Runtime()
+    for data in filter(None, (comparisons, held_out)):
+        loader.expect(data, "reward_model.run", Comparisons)
+
+    def figures(_: int, params: dict) -> dict[str, float]:
+        return evaluate(config, params["scorer"], held_out, mesh=runtime.mesh)
+
     trained, history = loop.fit(
         config,
-        lambda policy: {"scorer": init_scorer(policy, jax.random.key(config.seed))},
-        policy,
-        loss_fn,
+        {"scorer": init_scorer(policy, jax.random.key(config.seed))},
         comparisons,
+        loss_fn=loss_fn,
         name=name,
-        mesh=mesh or sharding.make_mesh(),
-        log=log or Log(quiet=True),
-        checkpoints=checkpoints,
+        display=DISPLAY,
+        runtime=runtime,
+        evaluate=figures if held_out else None,
     )
     return Result(trained["scorer"], history)
 
 
 def centre(scorer: Model, responses: Loader, *, mesh: jax.sharding.Mesh | None = None) -> Model:
-    """Shifts the head's bias so that `responses`, usually the demonstrations, score mean 0.
+    """Shifts the head's bias so that `responses`, usually demonstrations, have mean score 0.
 
     The rank loss does not see a shift; PPO's value function and KL trade-off do (InstructGPT,
     section 3.5). Every demonstration, or every response of every comparison, counts once.
     Raises ValueError for packed rows, whose documents have no score of their own.
     """
-    mesh = mesh or sharding.make_mesh()
-
-    def sums(scorer, batch: Demonstrations | Comparisons):
-        if isinstance(batch, Comparisons):
-            scores, real = score_batch(scorer, batch), batch.mask
-        else:
-            scores = heads.sequence_scores(scorer, batch.tokens, batch.attend)
-            real = jnp.max(batch.mask, axis=1)
-        return losses.masked_sum(scores, real), jnp.sum(real)
-
-    batches = responses.epoch_batches()
-    if any(np.max(batch.attend) > 1 for batch in batches):
+    if any(np.max(batch.attend) > 1 for batch in responses.epoch_batches()):
         raise ValueError(
             "packed rows hold several documents; centre on the demonstrations unpacked"
         )
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(sums)
-        totals = [compiled(scorer, sharding.put_rows(mesh, batch)) for batch in batches]
-        total, count = (sum(float(x) for x in column) for column in zip(*totals))
+    total, count = epoch.sums(_score_sums, (), (scorer,), responses, mesh)
     head = scorer.weights["score"]
     head = {**head, "bias": head["bias"] - total / count}
     return Model(scorer.config, {**scorer.weights, "score": head})
 
 
-def score_all(
-    scorer: Model, comparisons: Loader, *, mesh: jax.sharding.Mesh | None = None
-) -> dict[str, np.ndarray]:
-    """{"scores", "ranks", "mask", "lengths"}, [N, K] each, of all rows in order: host arrays.
+def _score_sums(scorer: Model, batch: Demonstrations | Comparisons):
+    """(sum of the scores, number of responses) of a batch."""
+    if isinstance(batch, Comparisons):
+        scores, real = score_batch(scorer, batch), batch.present
+    else:
+        scores = heads.sequence_scores(scorer, batch.tokens, batch.attend)
+        real = jnp.max(batch.mask, axis=1)
+    return losses.masked_sum(scores, real), jnp.sum(real)
 
-    Lengths are tokens, prompt included. What `rewards.agreement` reads.
+
+def score_all(
+    scorer: Model,
+    comparisons: Loader,
+    *,
+    micro_batches: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
+) -> dict[str, np.ndarray]:
+    """{"scores", "ranks", "present", "lengths"} of all rows in order, host arrays [N, K] each.
+
+    Lengths are in tokens, prompt included. They are the arguments of `agreement.agreement`.
     """
-    mesh = mesh or sharding.make_mesh()
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(score_batch)
-        parts = []
-        for batch in comparisons.epoch_batches():
-            scores = compiled(scorer, sharding.put_rows(mesh, batch))
-            found = (scores, batch.ranks, batch.mask, np.sum(batch.attend, axis=2))
-            parts.append([np.asarray(x)[: real_rows(batch)] for x in found])
-    names = ("scores", "ranks", "mask", "lengths")
-    return {name: np.concatenate(part) for name, part in zip(names, zip(*parts))}
+    return epoch.rows(_scored, (micro_batches,), (scorer,), comparisons, mesh)
+
+
+def _scored(micro_batches: int, scorer: Model, batch: Comparisons) -> dict[str, Array]:
+    return {
+        "scores": score_batch(scorer, batch, micro_batches),
+        "ranks": batch.ranks,
+        "present": batch.present,
+        "lengths": jnp.sum(batch.attend > 0, axis=2),
+    }
 
 
 def evaluate(
     config: Config, scorer: Model, comparisons: Loader, *, mesh: jax.sharding.Mesh | None = None
 ) -> dict[str, float]:
-    """Held-out rank loss (mean over prompts) and accuracy (mean over pairs; a tie is half).
+    """Held-out metrics {"loss", "accuracy", ...}, the same ones whichever loss trained the scorer.
 
-    Whatever loss trained the scorer. Raises ValueError if no two responses differ in rank.
+    The loss is the plain rank loss (mean over the prompts that have a pair, nats), without margin
+    and centring penalty; the others are those of `agreement`: accuracy over pairs with its 95 %
+    interval, and the accuracy of length alone. Raises ValueError if no two responses differ in
+    rank.
     """
-    mesh = mesh or sharding.make_mesh()
-
-    def sums(config, scorer, batch):
-        value, metrics = loss(config, {"scorer": scorer}, batch)
-        prompts, pairs = metrics["num_prompts"], metrics["num_pairs"]
-        return value * prompts, prompts, metrics["rewards/accuracies"] * pairs, pairs
-
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(sums)
-        totals = [
-            compiled(config, scorer, sharding.put_rows(mesh, batch))
-            for batch in comparisons.epoch_batches()
-        ]
-        value, prompts, right, pairs = (sum(float(x) for x in column) for column in zip(*totals))
-    if not pairs:
-        raise ValueError("no two held-out responses differ in rank; evaluate on comparisons")
-    return {"eval_loss": value / prompts, "eval_accuracy": right / pairs, "eval_pairs": pairs}
+    found = score_all(scorer, comparisons, micro_batches=config.micro_batches, mesh=mesh)
+    figures = agreement.agreement(**found)
+    scores, ranks, present = (jnp.asarray(found[x]) for x in ("scores", "ranks", "present"))
+    ranking = losses.kwise_rank_loss(scores, ranks, present)
+    usable = jnp.max(losses.ranked_pairs(ranks, present), axis=(1, 2))
+    loss = float(losses.masked_mean(ranking, usable))
+    return {"loss": loss} | figures

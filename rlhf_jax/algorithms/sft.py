@@ -8,24 +8,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import config, losses, sharding
+from rlhf_jax import losses
+from rlhf_jax.data import epoch, loader
 from rlhf_jax.data.batches import Demonstrations, Loader
 from rlhf_jax.models import heads, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.training import loop
-from rlhf_jax.training import state as training
-from rlhf_jax.training.checkpoint import Checkpoints
-from rlhf_jax.training.metrics import Log
+from rlhf_jax.training.loop import Runtime
+from rlhf_jax.training.metrics import Display
+
+DISPLAY = Display("Supervised fine-tuning", ("loss",), {"loss": "Loss, nats per token"})
 
 
-class Config(config.Config):
+class Config(loop.Config):
     """Settings of a fine-tuning run."""
-
-    num_steps: int = 500
-    batch_size: int = 32  # rows, of all devices together
-    micro_batches: int = 1  # slices of a forward pass, to save memory; the loss is the same
-    optimizer: training.OptimizerConfig = training.OptimizerConfig()
-    save_every: int = 500  # steps between checkpoints
 
 
 class Result(NamedTuple):
@@ -63,44 +59,44 @@ def run(
     demonstrations: Loader,
     *,
     loss_fn: Callable = loss,
-    mesh: jax.sharding.Mesh | None = None,
-    log: Log | None = None,
-    checkpoints: Checkpoints | None = None,
+    held_out: Loader | None = None,
+    runtime: Runtime | None = None,
 ) -> Result:
     """Fine-tunes `policy`, continuing from the newest checkpoint where there is one.
 
-    Raises ValueError if the batch does not divide over the mesh, TrainingStopped on a non-finite
-    step. The caller's parameters are left alone.
+    `held_out` is evaluated every `eval_every` steps ("eval/loss"). The caller's parameters do not
+    change. Raises ValueError if the batch does not divide over the mesh, TrainingStopped on a
+    non-finite step.
     """
+    runtime = runtime or Runtime()
+    for data in filter(None, (demonstrations, held_out)):
+        loader.expect(data, "sft.run", Demonstrations)
+
+    def figures(_: int, params: dict) -> dict[str, float]:
+        return evaluate(config, params["policy"], held_out, mesh=runtime.mesh)
+
     trained, history = loop.fit(
         config,
-        lambda policy: {"policy": policy},
-        policy,
-        loss_fn,
+        {"policy": policy},
         demonstrations,
+        loss_fn=loss_fn,
         name="sft",
-        mesh=mesh or sharding.make_mesh(),
-        log=log or Log(quiet=True),
-        checkpoints=checkpoints,
+        display=DISPLAY,
+        runtime=runtime,
+        evaluate=figures if held_out else None,
     )
     return Result(trained["policy"], history)
 
 
 def evaluate(
     config: Config, policy: Model, demonstrations: Loader, *, mesh: jax.sharding.Mesh | None = None
-) -> float:
-    """Cross entropy on held-out demonstrations, nats per completion token, every row once."""
-    mesh = mesh or sharding.make_mesh()
+) -> dict[str, float]:
+    """{"loss"}: cross entropy on held-out demonstrations, nats per completion token."""
+    total, count = epoch.sums(_nats, (), (config, policy), demonstrations, mesh)
+    return {"loss": total / count}
 
-    def sums(config, policy, batch):
-        mean, metrics = loss(config, {"policy": policy}, batch)
-        return mean * metrics["num_tokens"], metrics["num_tokens"]
 
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(sums)
-        totals = [
-            compiled(config, policy, sharding.put_rows(mesh, batch))
-            for batch in demonstrations.epoch_batches()
-        ]
-        total, count = (sum(float(x) for x in column) for column in zip(*totals))
-    return total / count
+def _nats(config: Config, policy: Model, batch: Demonstrations):
+    """(nats, completion tokens) of a batch."""
+    mean, metrics = loss(config, {"policy": policy}, batch)
+    return mean * metrics["num_tokens"], metrics["num_tokens"]

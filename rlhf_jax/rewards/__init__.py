@@ -1,1 +1,1 @@
-"""Rewards: anything that gives prompts and responses a number."""
+"""Rewards: learned models, functions in Python, and how well scores agree with rankings."""

@@ -1,95 +1,259 @@
-"""The supervised loop that SFT and reward modelling share: batches in, one compiled step, out."""
+"""The one training loop, and what supervised and online algorithms need around it.
+
+A step is a function `step(state, batch) -> (state, Outcome)` that only enqueues work on the device.
+The loop reads its metrics one step later, so the host never waits for the step just started.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from rlhf_jax import sharding
-from rlhf_jax.models import lora
+from rlhf_jax import config, sharding
+from rlhf_jax.config import Count, Whole
+from rlhf_jax.models import partition
 from rlhf_jax.training import state as training
 from rlhf_jax.training.checkpoint import Checkpoints
-from rlhf_jax.training.metrics import Log
+from rlhf_jax.training.metrics import Display, Log
+from rlhf_jax.training.state import TrainState
+
+
+class Config(config.Config):
+    """Settings of every supervised run."""
+
+    num_steps: Count = 500
+    batch_size: Count = 32  # rows of a batch, of all devices together
+    micro_batches: Count = 1  # slices of a forward pass, to save memory; the loss is the same
+    optimizer: training.OptimizerConfig = training.OptimizerConfig()
+    save_every: Count = 500  # steps between checkpoints
+    eval_every: Whole = 0  # steps between evaluations; 0 is never
+
+    def check(self) -> None:
+        """Raises ValueError for a batch that does not divide into its micro-batches."""
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of micro_batches="
+                f"{self.micro_batches}"
+            )
+
+    def row_counts(self) -> dict[str, int]:
+        """The numbers of rows that must divide over a mesh."""
+        return {"batch_size": self.batch_size}
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Where a run takes place: its devices, its log, and its checkpoints (None saves nothing)."""
+
+    mesh: jax.sharding.Mesh = dataclasses.field(default_factory=sharding.make_mesh)
+    log: Log = dataclasses.field(default_factory=Log)
+    checkpoints: Checkpoints | None = None
+
+
+class Outcome(NamedTuple):
+    """What one step leaves behind, still on the device.
+
+    metrics: scalars by name. tokens []: those counted in the speed. record: what `observe` reads (a
+    rollout), or None.
+    """
+
+    metrics: dict[str, jax.Array]
+    tokens: jax.Array
+    record: Any = None
+
+
+class Plan(NamedTuple):
+    """What a stage is called, how long it is, and when it is evaluated and saved.
+
+    Saving and evaluating also happen after the last step.
+    """
+
+    name: str  # in logs and metrics
+    display: Display
+    num_steps: int  # in all, those of an earlier process included
+    save_every: int  # steps between checkpoints
+    eval_every: int = 0  # steps between evaluations; 0 is never
+
+
+def train(
+    step: Callable[[Any, Any], tuple[Any, Outcome]],
+    state: Any,
+    batches: Any,
+    plan: Plan,
+    runtime: Runtime,
+    *,
+    check: Callable[[int, dict[str, float]], None] = training.raise_if_bad,
+    observe: Callable[[Any], dict[str, float]] | None = None,
+    evaluate: Callable[[int, Any], dict[str, float]] | None = None,
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Runs the steps of a stage that are still to be done: (state, metrics of each step run here).
+
+    Continues from the newest checkpoint. Step i reads the first batch of
+    `batches.from_position(i)` of a `Loader`, so the number of steps done is the whole position in
+    the data.
+    `check(i, metrics)` may raise; a checkpoint is written only once its step has passed it.
+    `observe(record)` sees what a step recorded, on the host, and returns metrics of its own.
+    `evaluate(steps done, state)` runs after every `eval_every` steps; its figures are reported as
+    "eval/...".
+    """
+    checkpoints = runtime.checkpoints
+    start = (checkpoints.latest() if checkpoints else None) or 0
+    if start:
+        state = checkpoints.restore(state)
+    total = plan.num_steps
+    log = runtime.log.stage(plan.name, total, start=start, check=check, display=plan.display)
+    with log as stage:
+        for i, batch in zip(range(start, total), batches.from_position(start)):
+            state, outcome = step(state, batch)
+            done = i + 1
+            figures = {}
+            if plan.eval_every and (done % plan.eval_every == 0 or done == total):
+                figures = {f"eval/{key}": value for key, value in evaluate(done, state).items()}
+            more = functools.partial(_on_host, observe, outcome.record, figures)
+            stage.write(i, outcome.metrics, tokens=outcome.tokens, more=more)
+            if checkpoints and (done % plan.save_every == 0 or done == total):
+                stage.flush()  # raises if this step was bad: nothing bad is ever saved
+                checkpoints.save(done, state)
+    return state, stage.history
+
+
+def _on_host(observe: Callable | None, record: Any, figures: dict) -> dict[str, float]:
+    """What is reported of a step besides its own metrics."""
+    return figures if observe is None else observe(jax.device_get(record)) | figures
 
 
 def fit(
-    config: Any,
-    init: Callable[[Any], dict],
-    policy: Any,
-    loss_fn: Callable,
+    config: Config,
+    models: dict[str, Any],
     batches: Any,
     *,
+    loss_fn: Callable,
     name: str,
-    mesh: jax.sharding.Mesh,
-    log: Log,
-    checkpoints: Checkpoints | None,
+    display: Display,
+    runtime: Runtime,
+    frozen: dict[str, Any] | None = None,
+    evaluate: Callable[[int, dict], dict[str, float]] | None = None,
 ) -> tuple[dict, list[dict[str, Any]]]:
-    """Trains `init(policy)` on `batches` for `config.num_steps` updates of `loss_fn`.
+    """Trains `models` for `config.num_steps` updates of `loss_fn(config, params, batch)`.
 
-    Continues from the newest checkpoint. The state is donated. Batch i is the first of
-    `batches.from_position(i)`, so the step count is the whole data position. Metrics reach the host
-    one step late; before a checkpoint is written, the step it holds has been checked to be finite.
-    Returns the trained models and the metrics of every step that ran here.
+    `frozen` holds models that the loss only reads (DPO's reference); `params` holds these and the
+    trained ones. In a model with an adapter only the adapter is trained. `evaluate(done, params)`
+    gives held-out figures every `config.eval_every` steps. Returns the trained models and the
+    metrics of every step that ran here; the caller's arrays are left alone.
+    Raises ValueError for a batch that does not divide over the mesh or differs from the loader's.
     """
-    check_batch(config, batches)
-    sharding.check_rows(mesh, batch_size=config.batch_size)
-    with jax.set_mesh(mesh):
-        optimizer = training.make_optimizer(config.optimizer, config.num_steps)
-        # The weights are an argument: closed over, they would be constants of the program.
-        start_from = lambda policy: training.init_state(optimizer, init(policy))  # noqa: E731
-        state = sharding.born(mesh, start_from, policy)
-        frozen = sharding.place(mesh, lora.frozen(init(policy)))
-        state = (checkpoints.restore(state) if checkpoints else None) or state
-        step = compile_step(mesh, training.update, loss_fn, config, state, frozen)
-        start = int(state.step)
-        with log.stage(name, config.num_steps, start=start, check=training.raise_if_bad) as stage:
-            source = batches.from_position(start)
-            for i, batch in zip(range(start, config.num_steps), source):
-                state, metrics = step(state, sharding.put_rows(mesh, batch))
-                stage.write(i, metrics, tokens=batch.tokens.size)
-                done = i + 1
-                if checkpoints and (done % config.save_every == 0 or done == config.num_steps):
-                    stage.flush()  # raises if this step was bad: nothing bad is ever saved
-                    checkpoints.save(done, state)
-    return lora.join(frozen, state.trainable), stage.history
+    check_batch_size(config.batch_size, batches)
+    check_evaluation(config.eval_every, evaluate)
+    sharding.check_rows(runtime.mesh, **config.row_counts())
+    for name in models.keys() & (frozen or {}).keys():
+        raise ValueError(f"{name!r} cannot be trained and frozen at once; rename one of the two")
+    with jax.set_mesh(runtime.mesh):
+        trainable, bases = partition.partition(models)
+        state = sharding.initialise(runtime.mesh, init_state, config, trainable)
+        frozen = sharding.place(runtime.mesh, {**bases, **(frozen or {})})
+        program = supervised_program(loss_fn, runtime.mesh, state, frozen)
+
+        def step(state, batch):
+            batch = sharding.put_rows(runtime.mesh, batch)
+            state, metrics, tokens = program(config, state, frozen, batch)
+            return state, Outcome(metrics, tokens)
+
+        state, history = train(
+            step,
+            state,
+            batches,
+            Plan(name, display, config.num_steps, config.save_every, config.eval_every),
+            runtime,
+            evaluate=lambda done, state: evaluate(done, partition.combine(frozen, state.trainable)),
+        )
+    return partition.combine(frozen, state.trainable), history
 
 
-def check_batch(config: Any, batches: Any) -> None:
-    """Raises ValueError unless the loader's batch is the one that the configuration counts on."""
-    if batches.batch_size != config.batch_size:
+def supervised_program(loss_fn: Callable, mesh: jax.sharding.Mesh, state, frozen: dict) -> Callable:
+    """The compiled step `(config, state, frozen, batch) -> (state, metrics, tokens)`.
+
+    The state keeps its shardings and is donated; frozen models are neither donated nor copied; the
+    batch comes split by rows; metrics are replicated on every device. `state` and `frozen` may
+    be trees of shapes.
+    """
+    state_shardings, frozen_shardings = sharding.tree(mesh, state), sharding.tree(mesh, frozen)
+    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    return compiled(
+        _step,
+        (loss_fn,),
+        in_shardings=(replicated, state_shardings, frozen_shardings, rows),
+        out_shardings=(state_shardings, replicated, replicated),
+        donate=(1,),
+    )
+
+
+def init_state(config: Config, trainable: Any) -> TrainState:
+    """The state before the first update."""
+    return training.init_state(
+        training.make_optimizer(config.optimizer, config.num_steps), trainable
+    )
+
+
+def update(loss_fn: Callable, config: Config, state: TrainState, frozen: dict, batch: Any):
+    """One update of `loss_fn(config, params, batch)`: (state, metrics)."""
+    optimizer = training.make_optimizer(config.optimizer, config.num_steps)
+    rate = training.schedule(config.optimizer, config.num_steps)(state.step)
+    loss_of = functools.partial(loss_fn, config)
+    state, metrics = training.gradient_step(loss_of, optimizer, state, frozen, batch)
+    return state, {**metrics, "lr": rate}
+
+
+def _step(loss_fn: Callable, config: Config, state: TrainState, frozen: dict, batch: Any):
+    """`update`, and the real tokens of the batch."""
+    return *update(loss_fn, config, state, frozen, batch), jnp.sum(batch.attend > 0)
+
+
+def check_batch_size(batch_size: int, batches: Any) -> None:
+    """Raises ValueError unless the loader's batches have the size that the configuration says."""
+    if batches.batch_size != batch_size:
         raise ValueError(
             f"the loader draws batches of {batches.batch_size}, but the configuration says "
-            f"batch_size={config.batch_size}; make them equal"
+            f"batch_size={batch_size}; make them equal"
         )
 
 
-def compile_step(
-    mesh: jax.sharding.Mesh,
-    update: Callable,
-    loss_fn: Callable,
-    config: Any,
-    state: training.TrainState,
-    frozen: dict,
+def check_evaluation(eval_every: int, evaluate: Callable | None) -> None:
+    """Raises ValueError where one of the two is given without the other."""
+    if eval_every and evaluate is None:
+        raise ValueError(f"eval_every={eval_every}, but there is nothing to evaluate on; give both")
+    if evaluate is not None and not eval_every:
+        raise ValueError(
+            "held-out evaluation is given, but eval_every=0 never runs it; set it above 0"
+        )
+
+
+# ------------------------------------------------------------------------- compiled programs
+
+
+def compiled(
+    fn: Callable, static: tuple, *, in_shardings, out_shardings, donate: tuple[int, ...] = ()
 ) -> Callable:
-    """Compiles `update(loss_fn, config, state, batch)` as `step(state, batch) -> (state, metrics)`.
+    """`jax.jit` of `functools.partial(fn, *static)`, the same object for the same arguments.
 
-    The state keeps its shardings and is donated, frozen bases are neither donated nor copied, the
-    batch comes split by rows, metrics are whole on every device. The configuration's numbers are
-    traced: another value does not recompile.
+    jax.jit caches programs by the identity of the function, so a function made anew for every run
+    would be compiled again. Therefore `fn` is defined at module level, `static` holds functions and
+    other hashable values, and everything else is passed at the call.
     """
-    shardings, still = sharding.tree(mesh, state), sharding.tree(mesh, frozen)
-    whole, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    leaves, structure = jax.tree.flatten((in_shardings, out_shardings))
+    return _compiled(fn, static, structure, tuple(leaves), donate)
 
-    def step(config, state, frozen, batch):
-        state, metrics = update(loss_fn, config, state._replace(frozen=frozen), batch)
-        return state._replace(frozen={}), metrics
 
-    compiled = jax.jit(
-        step,
-        in_shardings=(whole, shardings, still, rows),
-        out_shardings=(shardings, whole),
-        donate_argnums=1,
+@functools.lru_cache(maxsize=64)
+def _compiled(fn, static, structure, leaves, donate):
+    in_shardings, out_shardings = jax.tree.unflatten(structure, leaves)
+    return jax.jit(
+        functools.partial(fn, *static),
+        in_shardings=in_shardings,
+        out_shardings=out_shardings,
+        donate_argnums=donate,
     )
-    return lambda state, batch: compiled(config, state, frozen, batch)

@@ -11,7 +11,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import config
-from rlhf_jax.models import lora
+from rlhf_jax.config import NonNegative, Positive, Share, Whole
+from rlhf_jax.models import partition
 
 
 class TrainingStopped(RuntimeError):
@@ -28,20 +29,20 @@ class OptimizerConfig(config.Config):
     the correction, which gives far smaller first steps at large eps (Huang et al. 2023, item 21).
     """
 
-    learning_rate: float = 3e-4
-    warmup_steps: int = 0
+    learning_rate: NonNegative = 3e-4
+    warmup_steps: Whole = 0
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # of the decay after warm-up
-    final_scale: float = 0.0  # the learning rate decays to this share of itself
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    final_scale: NonNegative = 0.0  # the learning rate decays to this share of its peak
+    b1: Share = 0.9
+    b2: Share = 0.999
+    eps: Positive = 1e-8
     eps_form: Literal["torch", "tf"] = "torch"  # where eps is added
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # of all gradients together
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Positive | None = 1.0  # of all gradients of a network; None does not clip
 
 
 class TrainState(NamedTuple):
-    """What a step carries. `params` of a loss is `lora.join(frozen, trainable)`.
+    """What a step changes: the trained part of the models and the optimizer's state.
 
     step []: updates applied; bad_step []: the first update whose loss or gradient was not finite,
     or -1. From that update on the state no longer changes.
@@ -49,7 +50,6 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     trainable: Any
-    frozen: Any
     opt_state: Any
     bad_step: Int[Array, ""]
 
@@ -58,7 +58,7 @@ def schedule(optimizer: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Learning rate at an update: linear warm-up, then the decay to `final_scale` of the peak.
 
     As in transformers: update 0 of a warm-up has rate 0, and the decay would reach its end at
-    update `num_steps`, so a linear one leaves the last update peak / num_steps.
+    update `num_steps`, so the last update of a linear one has rate peak / num_steps.
     """
     peak, floor = optimizer.learning_rate, optimizer.learning_rate * optimizer.final_scale
     warmup = optimizer.warmup_steps
@@ -87,7 +87,10 @@ def _scale_by_adam(optimizer: OptimizerConfig) -> optax.GradientTransformation:
         _, state = plain.update(updates, state, params)
         t = state.count.astype(jnp.float32)
         rate = jnp.sqrt(1.0 - optimizer.b2**t) / (1.0 - optimizer.b1**t)
-        step = lambda m, v: rate * m / (jnp.sqrt(v) + optimizer.eps)  # noqa: E731
+
+        def step(m, v):
+            return rate * m / (jnp.sqrt(v) + optimizer.eps)
+
         return jax.tree.map(step, state.mu, state.nu), state
 
     return optax.GradientTransformation(plain.init, update)
@@ -98,8 +101,9 @@ def make_optimizer(optimizer: OptimizerConfig, num_steps: int) -> optax.Gradient
 
     Build it inside the compiled step: its numbers are traced leaves of the configuration.
     """
+    clip = optimizer.max_grad_norm
     return optax.chain(
-        optax.clip_by_global_norm(optimizer.max_grad_norm),
+        optax.identity() if clip is None else optax.clip_by_global_norm(clip),
         _scale_by_adam(optimizer),
         optax.add_decayed_weights(
             optimizer.weight_decay, mask=lambda p: jax.tree.map(lambda x: jnp.ndim(x) > 1, p)
@@ -108,26 +112,30 @@ def make_optimizer(optimizer: OptimizerConfig, num_steps: int) -> optax.Gradient
     )
 
 
-def init_state(optimizer: optax.GradientTransformation, models: Any) -> TrainState:
-    """A fresh state around a copy of what is trained of `models` (steps donate their state).
-
-    Nothing is frozen in it yet: see `lora.frozen`.
-    """
-    trainable = jax.tree.map(jnp.copy, lora.trainable(models))
-    return TrainState(jnp.int32(0), trainable, {}, optimizer.init(trainable), jnp.int32(-1))
+def init_state(optimizer: optax.GradientTransformation, trainable: Any) -> TrainState:
+    """A fresh state around a copy of `trainable` (steps donate their state)."""
+    trainable = jax.tree.map(jnp.copy, trainable)
+    return TrainState(jnp.int32(0), trainable, optimizer.init(trainable), jnp.int32(-1))
 
 
 def gradient_step(
-    loss_fn: Callable, optimizer: optax.GradientTransformation, state: TrainState, batch: Any
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    frozen: dict,
+    batch: Any,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer update. `loss_fn(params, batch) -> (loss [], metrics)`.
 
-    Only `state.trainable` is differentiated. A non-finite loss or gradient leaves the state as it
-    was and marks the step; the host finds it in the metrics (`raise_if_bad`).
+    `params` is `frozen` and `state.trainable` together, and only the latter is differentiated. A
+    non-finite loss or gradient leaves the state as it was and marks the step; the host finds it in
+    the metrics (`raise_if_bad`). Raises ValueError for a loss that returns anything else.
     """
 
     def on_trainable(trainable):
-        return loss_fn(lora.join(state.frozen, trainable), batch)
+        with config.explained_tracing():
+            found = loss_fn(partition.combine(frozen, trainable), batch)
+        return _check_loss(loss_fn, found)
 
     (loss, metrics), grads = jax.value_and_grad(on_trainable, has_aux=True)(state.trainable)
     norm = optax.tree.norm(grads)
@@ -138,16 +146,28 @@ def gradient_step(
     trainable = optax.apply_updates(state.trainable, updates)
     trainable, opt_state = _keep(good, (trainable, opt_state), (state.trainable, state.opt_state))
     step = state.step + good.astype(jnp.int32)
-    metrics = {"loss": loss, "grad_norm": norm, **metrics, "bad_step": bad_step}
-    return TrainState(step, trainable, state.frozen, opt_state, bad_step), metrics
+    norms = {"grad_norm": norm}
+    if len(grads) > 1:  # each network is clipped by its own norm
+        norms |= {f"grad_norm/{name}": optax.tree.norm(part) for name, part in grads.items()}
+    metrics = {"loss": loss, **norms, **metrics, "bad_step": bad_step}
+    return TrainState(step, trainable, opt_state, bad_step), metrics
 
 
-def update(loss_fn: Callable, config: Any, state: TrainState, batch: Any):
-    """The supervised step: `gradient_step` with the optimizer of `config`, and its rate logged."""
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
-    rate = schedule(config.optimizer, config.num_steps)(state.step)
-    state, metrics = gradient_step(lambda p, b: loss_fn(config, p, b), optimizer, state, batch)
-    return state, {**metrics, "lr": rate}
+def _check_loss(loss_fn: Callable, found: Any) -> tuple[Array, dict[str, Array]]:
+    """What a loss returned; raises ValueError unless it is a scalar and a dictionary of metrics."""
+    is_pair = isinstance(found, tuple) and len(found) == 2
+    if is_pair and jnp.shape(found[0]) == () and isinstance(found[1], dict):
+        return found
+    parts = found if isinstance(found, tuple) else (found,)
+    shown = ", ".join(
+        f"an array of shape {list(part.shape)}" if hasattr(part, "shape") else type(part).__name__
+        for part in parts
+    )
+    name = getattr(getattr(loss_fn, "func", loss_fn), "__name__", "the loss")  # func: of a partial
+    raise ValueError(
+        f"a loss returns (scalar, metrics), but {name} returned {shown}; "
+        "return the mean and a dictionary of scalars, {} if there are none"
+    )
 
 
 def _keep(good: Bool[Array, ""], new, old):

@@ -1,0 +1,494 @@
+"""What every online algorithm shares: sample, judge, turn into a batch, update.
+
+    prompts -> sample -> judge -> make_batch -> epochs of minibatches of the loss -> networks
+
+An online algorithm is three pure functions, each of which a notebook can swap:
+
+    networks(config, policy, critic) -> {"policy": Model, ...}          what is trained
+    make_batch(config, params, memory, rollout) -> (batch, memory, metrics)
+    loss(config, params, batch) -> (scalar, metrics)
+
+`params` is every model by name: the trained ones, "reference" (the policy as it was given) and
+"scorer" (the reward's parameters). `memory` is what an algorithm carries from one iteration to the
+next besides its networks, () if nothing. The arrays of a batch share their leading axis, of which
+each minibatch is a random part: rows, or groups [B, K, ...] that stay together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from rlhf_jax import config, losses, sharding
+from rlhf_jax.config import Count, Positive, Whole, explained_tracing
+from rlhf_jax.data import loader
+from rlhf_jax.data.batches import Loader, Prompts
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.models import partition
+from rlhf_jax.models.transformer import Model
+from rlhf_jax.rewards import host, learned
+from rlhf_jax.sampling import decode
+from rlhf_jax.sampling import rollout as rollouts
+from rlhf_jax.sampling.decode import Choose, Processor, Samples, Sampling
+from rlhf_jax.sampling.rollout import Drawing, Outputs, Rollout, Score
+from rlhf_jax.training import loop
+from rlhf_jax.training import state as training
+from rlhf_jax.training.loop import Runtime
+from rlhf_jax.training.metrics import Display
+
+# The metrics that every online algorithm displays, for its `Display`.
+HEADLINE = ("objective/scores", "objective/kl")
+CURVES = {
+    "objective/scores": "Reward (scores)",
+    "objective/gold": "Gold score",
+    "objective/kl": "KL to the reference, nats per response",
+    "policy/entropy_avg": "Entropy, nats per token",
+    "objective/length": "Response length, tokens",
+}
+
+
+class Config(config.Config):
+    """Settings of every online run."""
+
+    num_iterations: Count = 100
+    batch_size: Count = 64  # prompts per iteration
+    samples_per_prompt: Count = 1  # responses to each prompt
+    num_epochs: Count = 4  # passes over the responses of an iteration
+    num_minibatches: Count = 1  # updates per pass
+    micro_batches: Count = 1  # slices of a forward pass, to save memory; the loss is the same
+    sampling: Sampling = Sampling()
+    policy_optimizer: training.OptimizerConfig = training.OptimizerConfig(learning_rate=3e-5)
+    max_sampler_gap: Positive = 0.05  # mean |sampler - loss| log-probability in bfloat16, nats
+    save_every: Count = 25  # iterations between checkpoints
+    eval_every: Whole = 0  # iterations between evaluations; 0 is never
+    seed: Whole = 0
+
+    def check(self) -> None:
+        """Raises ValueError for sizes that do not divide each other and for greedy sampling."""
+        responses, parts = self.num_responses, self.num_minibatches
+        if responses % parts:
+            raise ValueError(
+                f"{responses} responses per iteration (batch_size * samples_per_prompt) are not a "
+                f"multiple of num_minibatches={parts}"
+            )
+        if responses // parts % self.micro_batches:
+            raise ValueError(
+                f"a minibatch of {responses // parts} responses is not a multiple of "
+                f"micro_batches={self.micro_batches}"
+            )
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature=0 is greedy: nothing would be explored")
+
+    @property
+    def num_responses(self) -> int:
+        """Responses per iteration."""
+        return self.batch_size * self.samples_per_prompt
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.num_iterations * self.num_epochs * self.num_minibatches
+
+    def row_counts(self) -> dict[str, int]:
+        """The numbers of rows that must divide over a mesh: responses, not prompts."""
+        name = "batch_size" if self.samples_per_prompt == 1 else "batch_size * samples_per_prompt"
+        minibatch = self.num_responses // self.num_minibatches
+        return {name: self.num_responses, "minibatch_size": minibatch}
+
+    def optimizers(self) -> dict[str, training.OptimizerConfig]:
+        """The optimizer of each network that may be trained."""
+        return {"policy": self.policy_optimizer}
+
+
+class State(NamedTuple):
+    """Everything that an iteration changes."""
+
+    train: training.TrainState
+    iteration: Int[Array, ""]
+    memory: Any
+
+
+class Algorithm(NamedTuple):
+    """The functions of an online algorithm, as this module's docstring says, and its display.
+
+    memory: what `make_batch` is given in the first iteration.
+    """
+
+    name: str
+    display: Display
+    networks: Callable[[Any, Model, Model | None], dict[str, Model]]
+    make_batch: Callable
+    loss: Callable
+    memory: Any = ()
+
+
+class Inputs(TypedDict, total=False):
+    """What `run` of every online algorithm takes besides its Config.
+
+    `policy`, `prompts`, `tokenizer` and a reward are required. The reward is a `scorer`, a `score`
+    (with its parameters as `scorer`, if it has any), or a `reward`.
+    """
+
+    policy: Model  # where training starts; also the reference that KL is measured to
+    prompts: Loader
+    tokenizer: Tokenizer  # knows which tokens end a response, and decodes it
+    scorer: Any  # the parameters of `score`: a reward model, unless `score` says otherwise
+    score: Score  # a reward on the device; the default is `rewards.learned.score`
+    reward: host.Reward  # a reward in Python, (prompts, responses, rows) -> scores
+    critic: Model  # starts the value network of an algorithm that has one
+    choose: Choose  # how a token is drawn from its logits
+    processors: tuple[Processor, ...]  # change the logits before a token is drawn
+    observe: Callable[[Rollout], dict[str, float]]  # sees every rollout on the host
+    # (iterations done, policy) -> figures, every `eval_every` iterations. The policy's arrays are
+    # the run's own and gone after the call.
+    evaluate: Callable[[int, Model], dict[str, float]]
+    runtime: Runtime
+
+
+# ------------------------------------------------------------------------ the pure functions
+
+
+def iteration_key(config: Config, iteration, purpose: int):
+    """Keys come from (seed, iteration, purpose) alone, so nothing random is ever saved."""
+    key = jax.random.fold_in(jax.random.key(config.seed), iteration)
+    return jax.random.split(key, 2)[purpose]
+
+
+def sample(
+    drawing: Drawing, config: Config, params: dict, iteration: Int[Array, ""], prompts: Prompts
+) -> tuple[Samples, Array]:
+    """A response to each row of `prompts`: (samples [B, T], the prompts' numbers [B]).
+
+    In a run each prompt stands in `samples_per_prompt` consecutive rows, and each row gets another
+    sample of it, so [B] reshapes to [prompts, K].
+    """
+    return rollouts.sample(
+        params["policy"],
+        prompts,
+        iteration_key(config, iteration, 0),
+        sampling=config.sampling,
+        drawing=drawing,
+    )
+
+
+def judge(score: Score | None, config: Config, params: dict, samples: Samples, index) -> Rollout:
+    """`rollout.judge` with the settings of a run."""
+    return rollouts.judge(
+        params,
+        samples,
+        index,
+        sampling=config.sampling,
+        score=score,
+        micro_batches=config.micro_batches,
+    )
+
+
+def collect(
+    drawing: Drawing, score: Score, config: Config, params: dict, iteration, prompts: Prompts
+) -> Rollout:
+    """`sample` and `judge` at once."""
+    return judge(score, config, params, *sample(drawing, config, params, iteration, prompts))
+
+
+def forward(config: Config, params: dict, batch: Any) -> Outputs:
+    """(logprobs, values, entropy) of the response tokens [B, T] under the networks as they are now.
+
+    `batch` needs `tokens` and `attend`. The temperature is the one that sampled.
+    """
+    return rollouts.forward(
+        params,
+        batch.tokens,
+        batch.attend,
+        sampling=config.sampling,
+        micro_batches=config.micro_batches,
+    )
+
+
+def measurements(rollout: Rollout) -> dict[str, Array]:
+    """Metrics of any rollout, under the names that TRL gives the same quantities.
+
+    KL and entropy are summed over the tokens of a response and averaged over responses.
+    "objective/entropy" is the estimate -log p of what was sampled, as in TRL;
+    "objective/token_entropy" is exact, in nats per token. `docs/conventions.md` lists them all.
+    """
+    mask = rollout.mask
+    both = {"logprobs": rollout.old_logprobs, "ref_logprobs": rollout.ref_logprobs}
+    return {
+        "objective/kl": jnp.mean(jnp.sum(losses.kl_k1(**both) * mask, axis=1)),
+        "objective/kl_k3": jnp.mean(jnp.sum(losses.kl_k3(**both) * mask, axis=1)),
+        "objective/entropy": jnp.mean(-jnp.sum(rollout.old_logprobs * mask, axis=1)),
+        "objective/token_entropy": losses.masked_mean(rollout.entropy, mask),
+        "objective/scores": jnp.mean(rollout.scores),
+        "objective/scores_std": jnp.std(rollout.scores),
+        "objective/length": jnp.mean(rollout.lengths.astype(jnp.float32)),
+        "num_tokens": jnp.sum(rollout.lengths),
+        "val/num_eos_tokens": jnp.sum(rollout.finished),
+    }
+
+
+def gaps(rollout: Rollout) -> dict[str, Array]:
+    """How far computations of the same log-probabilities disagree, nats: see `check`."""
+
+    def gap(other: Float[Array, "B T"]) -> Float[Array, "B T"]:
+        return jnp.abs(rollout.old_logprobs - other) * rollout.mask
+
+    return {
+        "check/logprob_gap": jnp.max(gap(rollout.forward_logprobs)),
+        "check/sampler_gap": losses.masked_mean(gap(rollout.sampler_logprobs), rollout.mask),
+        "check/reference_gap": jnp.max(gap(rollout.ref_logprobs)),
+    }
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """One transformation per network, each with its own clipping; built inside compiled steps."""
+    parts = {
+        name: training.make_optimizer(optimizer, config.num_updates)
+        for name, optimizer in config.optimizers().items()
+    }
+    return optax.partition(parts, lambda params: jax.tree.map_with_path(_network, params))
+
+
+def _network(path, _):
+    """The name of the network that a parameter belongs to."""
+    return path[0].key
+
+
+def init_state(config: Config, memory: Any, trainable: dict) -> State:
+    """State before the first iteration."""
+    memory = jax.tree.map(jnp.copy, memory)
+    return State(training.init_state(make_optimizer(config), trainable), jnp.int32(0), memory)
+
+
+def update(
+    make_batch: Callable,
+    loss_fn: Callable,
+    config: Config,
+    state: State,
+    frozen: dict,
+    rollout: Rollout,
+) -> tuple[State, dict[str, Array]]:
+    """All epochs of one iteration as one program: (state, metrics).
+
+    Scans over epochs, and in each over minibatches, with `gradient_step`; rows are shuffled anew
+    for each epoch. Metrics of the loss are means over the updates. A non-finite update changes
+    nothing.
+    """
+    params = partition.combine(frozen, state.train.trainable)
+    with explained_tracing():
+        batch, memory, metrics = make_batch(config, params, state.memory, rollout)
+    optimizer = make_optimizer(config)
+    size = jax.tree.leaves(batch)[0].shape[0]
+    if size % config.num_minibatches:
+        raise ValueError(
+            f"make_batch returned {size} rows or groups, which num_minibatches="
+            f"{config.num_minibatches} does not divide"
+        )
+
+    loss_of = functools.partial(loss_fn, config)
+
+    def update_once(train, rows):
+        minibatch = jax.tree.map(lambda x: x[rows], batch)
+        minibatch = sharding.constrain_rows(minibatch, name="rows or groups per minibatch")
+        return training.gradient_step(loss_of, optimizer, train, frozen, minibatch)
+
+    def epoch(train, key):
+        order = jax.random.permutation(key, size).reshape(config.num_minibatches, -1)
+        return jax.lax.scan(update_once, train, order)
+
+    keys = jax.random.split(iteration_key(config, state.iteration, 1), config.num_epochs)
+    rate = training.schedule(config.policy_optimizer, config.num_updates)(state.train.step)
+    train, steps = jax.lax.scan(epoch, state.train, keys)
+    metrics = measurements(rollout) | gaps(rollout) | metrics
+    metrics |= {name: jnp.mean(values) for name, values in steps.items()}
+    if "policy/approxkl_avg" in steps:
+        metrics["check/first_approxkl"] = steps["policy/approxkl_avg"][0, 0]
+    metrics |= {
+        "bad_step": train.bad_step,
+        "lr": rate,
+        "episode": (state.iteration + 1) * rollout.tokens.shape[0],
+    }
+    new = State(train, state.iteration + 1, memory)
+    old = state._replace(train=train)  # gradient_step has kept the last good parameters
+    good = train.bad_step < 0
+    return jax.tree.map(lambda x, y: jnp.where(good, x, y), new, old), metrics
+
+
+def check(config: Config, dtype: str, iteration: int, metrics: dict[str, float]) -> None:
+    """Raises TrainingStopped unless sampler, loss and reference agree as they must on-policy.
+
+    Before the first update of every iteration the ratio is 1: in float32 no token's log-probability
+    may differ by more than 1e-4 nats between the sampler and `forward`. In bfloat16 the old
+    log-probabilities come from `forward`, and the sampler's mean gap is bounded by
+    `max_sampler_gap` (the worst token's by ten times that). A loss that reports
+    "policy/approxkl_avg" must start its first minibatch at 0 within the same bound. In iteration 0
+    the policy is the reference, so their log-probabilities must agree within the same bound.
+    """
+    training.raise_if_bad(iteration, metrics)
+    exact = dtype == "float32"
+    bound = 1e-4 if exact else 10 * config.max_sampler_gap  # of the worst token
+    worst, mean = metrics["check/logprob_gap"], metrics["check/sampler_gap"]
+    if not worst <= bound or not mean <= config.max_sampler_gap:
+        raise training.TrainingStopped(
+            f"iteration {iteration}: sampler and loss disagree on the log-probability of the same "
+            f"token by {max(worst, mean):.3g} nats (bound {bound:g}): the first ratio is not 1"
+        )
+    first = metrics.get("check/first_approxkl", 0.0)
+    if not first <= 0.5 * bound**2:
+        raise training.TrainingStopped(
+            f"iteration {iteration}: the loss starts at approxkl {first:.3g}, not 0: it scores "
+            "tokens differently from how they were sampled (shift, mask or temperature)"
+        )
+    if iteration == 0 and not metrics["check/reference_gap"] <= bound:
+        raise training.TrainingStopped(
+            "iteration 0: the policy is not the reference, their log-probabilities differ by "
+            f"{metrics['check/reference_gap']:.3g} nats; pass the policy that training starts from"
+        )
+
+
+# --------------------------------------------------------------------------------------- the run
+
+
+class Programs(NamedTuple):
+    """The three compiled programs of an iteration; each takes the configuration first.
+
+    sample(config, params, iteration, prompts), judge(config, params, samples, index),
+    update(config, state, frozen, rollout), which donates the state.
+    """
+
+    sample: Callable
+    judge: Callable
+    update: Callable
+
+
+def compile_programs(
+    algorithm: Algorithm, drawing: Drawing, score: Score | None, mesh, state, frozen
+) -> Programs:
+    """`sample`, `judge` and `update`, sharded over the mesh.
+
+    `state` and `frozen` may be shapes. The frozen models are never copied.
+    """
+    states, constants = sharding.tree(mesh, state), sharding.tree(mesh, frozen)
+    params = partition.combine(constants, states.train.trainable)
+    rows, replicated = sharding.rows(mesh), sharding.replicated(mesh)
+    return Programs(
+        sample=loop.compiled(
+            sample,
+            (drawing,),
+            in_shardings=(replicated, params, replicated, rows),
+            out_shardings=rows,
+        ),
+        judge=loop.compiled(
+            judge, (score,), in_shardings=(replicated, params, rows, rows), out_shardings=rows
+        ),
+        update=loop.compiled(
+            update,
+            (algorithm.make_batch, algorithm.loss),
+            in_shardings=(replicated, states, constants, rows),
+            out_shardings=(states, replicated),
+            donate=(1,),
+        ),
+    )
+
+
+def run(
+    config: Config,
+    algorithm: Algorithm,
+    *,
+    policy: Model,
+    prompts: Loader,
+    tokenizer: Tokenizer,
+    scorer: Any = None,
+    score: Score | None = None,
+    reward: host.Reward | None = None,
+    critic: Model | None = None,
+    choose: Choose = decode.categorical,
+    processors: tuple[Processor, ...] = (),
+    observe: Callable[[Rollout], dict[str, float]] | None = None,
+    evaluate: Callable[[int, Model], dict[str, float]] | None = None,
+    runtime: Runtime | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Trains the algorithm's networks on the reward of what the policy writes: (params, history).
+
+    `Inputs` says what the arguments are. A reward in Python runs on the host while the device
+    computes the log-probabilities of the reference and the values. Continues from the newest
+    checkpoint. Raises ValueError for inputs that do not fit, TrainingStopped for a failed check.
+    """
+    runtime = runtime or Runtime()
+    mesh = runtime.mesh
+    score = _check_inputs(algorithm.name, config, mesh, prompts, scorer, score, reward)
+    loop.check_evaluation(config.eval_every, evaluate)
+    drawing = Drawing(tokenizer.ends, choose, processors)
+    with jax.set_mesh(mesh):
+        trainable, bases = partition.partition(algorithm.networks(config, policy, critic))
+        frozen = sharding.place(mesh, {"reference": policy, "scorer": scorer, **bases})
+        state = sharding.initialise(mesh, init_state, config, algorithm.memory, trainable)
+        programs = compile_programs(algorithm, drawing, score, mesh, state, frozen)
+        host_scores = functools.partial(host.scores, reward, tokenizer, prompts.examples)
+        host_scores = host_scores if reward else None
+
+        def figures(done: int, state: State) -> dict[str, float]:
+            return evaluate(done, partition.combine(frozen, state.train.trainable)["policy"])
+
+        state, history = loop.train(
+            functools.partial(_iterate, config, programs, mesh, frozen, host_scores),
+            state,
+            prompts,
+            loop.Plan(
+                algorithm.name,
+                algorithm.display,
+                config.num_iterations,
+                config.save_every,
+                config.eval_every,
+            ),
+            runtime,
+            check=functools.partial(check, config, policy.config.dtype),
+            observe=observe,
+            evaluate=figures,
+        )
+    return partition.combine(frozen, state.train.trainable), history
+
+
+def _check_inputs(name, config, mesh, prompts, scorer, score, reward) -> Score | None:
+    """The reward on the device, None if it is in Python. Raises ValueError if inputs do not fit."""
+    loader.expect(prompts, f"{name}.run", Prompts)
+    loop.check_batch_size(config.batch_size, prompts)
+    sharding.check_rows(mesh, **config.row_counts())
+    if reward is None:
+        if score is None:
+            learned.check(scorer)
+            score = learned.score
+        host.check_arguments(score, "params", "tokens", "attend", "mask")
+        return score
+    if score is not None or scorer is not None:
+        raise ValueError("give a reward in Python, or a score on the device with its scorer")
+    host.check_arguments(reward, "prompts", "responses", "rows")
+    return None
+
+
+def _iterate(
+    config: Config,
+    programs: Programs,
+    mesh: jax.sharding.Mesh,
+    frozen: dict,
+    host_scores: Callable | None,
+    state: State,
+    batch: Prompts,
+) -> tuple[State, loop.Outcome]:
+    """One iteration: enqueues its three programs, and runs a reward in Python between them."""
+    params = partition.combine(frozen, state.train.trainable)
+    # On the host, so that the responses have to divide over the mesh and the prompts need not.
+    batch = jax.tree.map(lambda x: np.repeat(x, config.samples_per_prompt, axis=0), batch)
+    batch = sharding.put_rows(mesh, batch)
+    samples, index = programs.sample(config, params, state.iteration, batch)
+    rollout = programs.judge(config, params, samples, index)
+    if host_scores is not None:  # while the device runs `judge`
+        rollout = rollout._replace(scores=sharding.put_rows(mesh, host_scores(samples, index)))
+    state, metrics = programs.update(config, state, frozen, rollout)
+    return state, loop.Outcome(metrics, metrics["num_tokens"], rollout)
