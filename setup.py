@@ -8,7 +8,21 @@ setup(
     description="RLHF for language models in JAX: SFT, reward models by rank loss, clipped PPO.",
     license="Apache-2.0",
     packages=find_packages(include=["rlhf_jax", "rlhf_jax.*"]),
+    # What the pages of `label` and `judge` are made of.
+    package_data={"rlhf_jax.tools.pages": ["*.css", "*.js", "*.html"]},
+    entry_points={
+        "console_scripts": [
+            f"rlhf-jax-{name} = rlhf_jax.tools.{name}:main"
+            for name in ("label", "judge", "respond", "chat", "plot")
+        ]
+    },
     python_requires=">=3.11",
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     install_requires=[
         "jax>=0.8",
         "flax>=0.12",
@@ -34,6 +48,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "setuptools>=70.1",  # builds the wheel that the tests install
             "beartype>=0.20",
             "hypothesis>=6",
             "nbclient>=0.10",

@@ -6,10 +6,15 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Importing the package would keep compiled programs in the home folder. No test may depend on what
+# another run of the tests has left there; `compile_cache` keeps them for one module of tests.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
-import importlib
+import functools
+import importlib.util
 import pathlib
 import shutil
+import sys
 
 import pytest
 
@@ -32,6 +37,7 @@ def compile_cache(tmp_path_factory):
     from jax.experimental.compilation_cache import compilation_cache
 
     settings = {
+        "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
     }
@@ -43,6 +49,16 @@ def compile_cache(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def no_shape_checks():
+    """Annotations of shapes are not checked, as they are not outside of the tests."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +90,24 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
-def experiment(monkeypatch, tmp_path):
-    """`experiment(name)` is a program of experiments/; its data go to a temporary cache."""
-    from rlhf_jax import launch
+def caches(compile_cache, monkeypatch, tmp_path_factory):
+    """Datasets go to a temporary cache, compiled programs to that of the test's module."""
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
 
-    monkeypatch.syspath_prepend(str(REPOSITORY / "experiments"))
-    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(launch, "_set_up_jax", lambda: None)
-    return importlib.import_module
+
+@functools.cache
+def load_program(name):
+    """The file experiments/<name>.py as a module, which is registered because dataclasses look
+    up the module that they are declared in."""
+    file = REPOSITORY / "experiments" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def experiment(caches):
+    """`experiment(name)` is the module of a program in experiments/, such as "quickstart"."""
+    return load_program

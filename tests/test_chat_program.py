@@ -13,10 +13,11 @@ import pytest
 import tiny
 
 from rlhf_jax.data import tokenizers
-from rlhf_jax.launch import command
+from rlhf_jax.folders import Pretrained
 from rlhf_jax.models import transformer
 from rlhf_jax.sampling import decode
-from rlhf_jax.sampling.filters import Filters
+from rlhf_jax.sampling.decode import Sampling
+from rlhf_jax.tools import chat, label, respond
 
 TEMPLATE = (
     "{% for m in messages %}\n<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -24,98 +25,93 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture
-def chat(experiment):
-    return experiment("chat")
+pytestmark = pytest.mark.usefixtures("caches")
 
 
 @pytest.fixture
-def speaker(chat):
+def pretrained():
     model = jax.jit(transformer.init, static_argnums=0)(tiny.SHAPE, jax.random.key(0))
-    return chat.Speaker(model, tiny.TOKENIZER)
+    return Pretrained(model, tiny.TOKENIZER)
 
 
 @pytest.fixture
-def talk(chat, monkeypatch, capsys):
+def talk(monkeypatch, capsys):
     """`talk(lines, *flags)` -> what is printed for lines from a pipe."""
 
     def talk(lines, *flags):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
-        command(chat.chat, list(flags))
+        chat.main(list(flags))
         return capsys.readouterr().out
 
     return talk
 
 
-def test_the_stream_is_what_the_sampler_draws(chat, speaker):
-    for flags in ({"filters": Filters(top_k=40, top_p=0.9, min_p=0.01)}, {"temperature": 0.0}):
-        sampling = chat.Sampling(max_new_tokens=12, **{"temperature": 1.7} | flags)
+def test_the_stream_is_what_the_sampler_draws(pretrained):
+    for flags in ({"top_k": 40, "top_p": 0.9, "min_p": 0.01}, {"temperature": 0.0}):
+        sampling = Sampling(max_new_tokens=12, **{"temperature": 1.7} | flags)
         ids, key = [72, 105, 33], decode.row_keys(jax.random.key(4), jnp.array([7]))
-        streamed = list(chat.stream(speaker, sampling, ids, key))
+        streamed = list(chat.stream_tokens(pretrained, sampling, ids, key))
         tokens, attend = jnp.array([ids]), jnp.ones((1, 3), jnp.int32)  # not padded at all
-        settings = sampling.arguments() | tiny.ENDS | {"max_new_tokens": 12}
-        sample = jax.jit(functools.partial(decode.sample, **settings))
-        samples = sample(speaker.model, tokens, attend, key)
+        sample = jax.jit(functools.partial(decode.sample, ends=tiny.TOKENIZER.ends))
+        samples = sample(pretrained.model, tokens, attend, key, sampling=sampling)
         drawn = np.asarray(samples.tokens)[np.asarray(samples.mask) > 0].tolist()
         assert streamed == [token for token in drawn if token not in tiny.TOKENIZER.eos_ids]
         assert len(streamed) > 3
 
 
-def test_turns_of_like_length_compile_nothing_new(chat, speaker):
-    wide = dataclasses.replace(speaker.model.config, max_length=128)
-    speaker = speaker._replace(model=dataclasses.replace(speaker.model, config=wide))
+def test_turns_of_like_length_compile_nothing_new(pretrained):
+    wide = dataclasses.replace(pretrained.model.config, max_length=128)
+    pretrained = pretrained._replace(model=dataclasses.replace(pretrained.model, config=wide))
     counts = []
     for size in (3, 30, 33, 60, 64):
         for number in (0.5, 0.9):  # nor does another temperature or top-p
-            sampling = chat.Sampling(
-                max_new_tokens=2, temperature=number, filters=Filters(top_p=number)
-            )
+            sampling = Sampling(max_new_tokens=2, temperature=number, top_p=number)
             list(
-                chat.stream(
-                    speaker,
+                chat.stream_tokens(
+                    pretrained,
                     sampling,
                     [65] * size,
                     decode.row_keys(jax.random.key(0), jnp.array([size])),
                 )
             )
-        counts.append((chat._start._cache_size(), chat._go_on._cache_size()))
+        counts.append((chat._first_token._cache_size(), chat._next_token._cache_size()))
     first = counts[0]
     assert counts[1] == first
     assert counts[2:] == [(first[0] + 1, first[1] + 1)] * 3
 
 
-def test_a_character_is_printed_when_all_its_bytes_are_there(chat):
+def test_a_character_is_printed_when_all_its_bytes_are_there():
     tokenizer = tiny.TOKENIZER
     text = "né 三原色 🙂!"
     prompt = tokenizer.encode("问：")
-    pieces = list(chat.spell(tokenizer, prompt, tokenizer.encode(text)))
+    pieces = list(chat.stream_text(tokenizer, prompt, tokenizer.encode(text)))
     assert [piece for piece in pieces if piece] == list(text)
-    cut = list(chat.spell(tokenizer, prompt, tokenizer.encode("三")[:2]))
-    assert cut == [chat.HALF]  # an answer that ends within a character still says so
+    cut = list(chat.stream_text(tokenizer, prompt, tokenizer.encode("三")[:2]))
+    assert cut == [chat.INCOMPLETE]  # an answer that ends within a character still says so
 
 
-def test_turns_are_rendered_by_the_template_or_continue_the_text(chat):
+def test_turns_are_rendered_by_the_template_or_continue_the_text():
     messages = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": " there"},
         {"role": "user", "content": "So"},
     ]
     plain = tiny.TOKENIZER
-    assert plain.decode(chat.render(plain, messages)) == "Hi there\nSo"
+    assert plain.decode(chat.encode(plain, messages)) == "Hi there\nSo"
     templated = dataclasses.replace(plain, settings=plain.settings | {"chat_template": TEMPLATE})
     wanted = "<user>Hi<assistant> there<user>So<assistant>"
-    assert templated.decode(chat.render(templated, messages)) == wanted
+    assert templated.decode(chat.encode(templated, messages)) == wanted
 
 
-def test_a_long_conversation_forgets_its_first_turns_but_not_the_system(chat, speaker, capsys):
+def test_a_long_conversation_forgets_its_first_turns_but_not_the_system(pretrained, capsys):
     turns = [{"role": r, "content": r[0] * 6} for r in ("system", *("user", "assistant") * 2)]
     turns.append({"role": "user", "content": "now"})
-    sampling = chat.Sampling(max_new_tokens=8)  # of max_length 32
-    ids = chat.fit(speaker, sampling, turns)
+    sampling = Sampling(max_new_tokens=8)  # of max_length 32
+    ids = chat.shorten(pretrained, sampling, turns)
     assert tiny.TOKENIZER.decode(ids) == "ssssss\nuuuuuuaaaaaa\nnow"
     assert "no longer fits" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="a prompt of 40 tokens, but .* has room for 24"):
-        chat.padded(speaker, sampling, [65] * 40)
+    with pytest.raises(ValueError, match="the prompt has 40 tokens, but .* has room for 24"):
+        chat.padded(pretrained, sampling, [65] * 40)
 
 
 def test_greedy_continuations_are_the_references_token_for_token(talk, real_data):
@@ -139,7 +135,7 @@ def test_the_seed_decides_what_is_said(talk, real_data):
     ("flags", "message"),
     [
         (["--top-p", "3"], "top_p=3.0 must be in (0, 1]"),
-        (["--temperature", "-1"], "temperature=-1.0 must be a number of at least 0"),
+        (["--temperature", "-1"], "temperature=-1.0 must be at least 0"),
         (["--max-new-tokens", "512"], "max_new_tokens=512 must be in 1..511"),
     ],
 )
@@ -163,35 +159,36 @@ def test_a_folder_without_a_model_is_one_line_and_exit_code_2(
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_answers_do_not_depend_on_the_batch(chat, experiment, speaker):
-    respond = experiment("respond")
-    sampling = chat.Sampling(max_new_tokens=8, temperature=1.5)
-    prompts = [respond.tokens_of(tiny.TOKENIZER, text) for text in ("ab", "cde", "fg")]
-    few = respond.answers(speaker, sampling, prompts, 3, 2)
-    many = respond.answers(speaker, sampling, prompts, 3, 16)
+def test_answers_do_not_depend_on_the_batch(pretrained):
+    sampling = Sampling(max_new_tokens=8, temperature=1.5)
+    prompts = [respond.encode(tiny.TOKENIZER, text) for text in ("ab", "cde", "fg")]
+    few = respond.answers(pretrained, sampling, prompts, seed=0, num_samples=3, batch_size=2)
+    many = respond.answers(pretrained, sampling, prompts, seed=0, num_samples=3, batch_size=16)
     assert few == many and [len(texts) for texts in few] == [3, 3, 3]
     assert len({text for texts in few for text in texts}) == 9
     key = decode.row_keys(jax.random.key(0), jnp.array([1]), 2)  # prompt 1, sample 2
     ids = tiny.TOKENIZER.encode("cde")
-    streamed = chat.spell(tiny.TOKENIZER, ids, chat.stream(speaker, sampling, ids, key))
+    streamed = chat.stream_text(
+        tiny.TOKENIZER, ids, chat.stream_tokens(pretrained, sampling, ids, key)
+    )
     assert few[1][2] == "".join(streamed)
     turns = [{"role": "user", "content": "fg"}]
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
-        respond.tokens_of(tiny.TOKENIZER, turns)
+        respond.encode(tiny.TOKENIZER, turns)
     chats = tiny.TOKENIZER.with_template(tokenizers.PLAIN_TEMPLATE)
-    assert respond.tokens_of(chats, " fg\n") == respond.tokens_of(chats, turns)
-    assert respond.tokens_of(chats, "fg", raw_prompts=True) == tiny.TOKENIZER.encode("fg")
+    assert respond.encode(chats, " fg\n") == respond.encode(chats, turns)
+    assert respond.encode(chats, "fg", raw_prompts=True) == tiny.TOKENIZER.encode("fg")
 
 
-def test_past_failures_are_answered_by_a_checkpoint_and_labelled(experiment, tmp_path, real_data):
+def test_past_failures_are_answered_by_a_checkpoint_and_labelled(tmp_path, real_data):
     rows = [{"prompt": "Tom saw a dog. He", "group": "dogs"}, {"prompt": "Lily was sad"}]
     (tmp_path / "failures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = tmp_path / "answers.jsonl"
     flags = ["--model", str(real_data / "models" / "stories260K"), "--output", str(output)]
     sizes = ["--num-samples", "2", "--max-new-tokens", "8"]
-    command(experiment("respond").respond, [str(tmp_path / "failures.jsonl"), *flags, *sizes])
+    respond.main([str(tmp_path / "failures.jsonl"), *flags, *sizes])
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [{k: row[k] for k in row if k != "responses"} for row in written] == rows
     assert all(text.startswith(" ") for row in written for text in row["responses"])
-    command(experiment("label").label, [str(output), "--output", str(tmp_path / "page.html")])
+    label.main([str(output), "--output", str(tmp_path / "page.html")])
     assert (tmp_path / "page.html").exists()

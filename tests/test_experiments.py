@@ -1,39 +1,21 @@
 """Experiments at toy size: the whole path in one go, its files, its resume, its bad inputs."""
 
 import dataclasses
-import functools
 import gzip
-import importlib.util
 import json
 import pathlib
-import sys
 
 import numpy as np
 import pytest
 
-from rlhf_jax import launch, pipeline
+from rlhf_jax import evaluation, launch
 from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.sampling import Sampling
 
-pytestmark = pytest.mark.usefixtures("compile_cache")
+pytestmark = pytest.mark.usefixtures("caches")
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+PROGRAMS = sorted(EXPERIMENTS.rglob("*.py"))
 ONE_DEVICE = ["--mesh", "data=1,fsdp=1,tensor=1"]
-
-
-@functools.cache
-def experiment(name):
-    """The experiment as a module; importing one has no side effects."""
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path_factory, monkeypatch):
-    """Datasets go to a temporary cache; the process-wide compile cache is left alone."""
-    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(launch, "_set_up_jax", lambda: None)
 
 
 def small(config, iterations=2):
@@ -45,13 +27,25 @@ def small(config, iterations=2):
         sft=dataclasses.replace(config.sft, num_steps=4, batch_size=8, save_every=2),
         reward_model=dataclasses.replace(config.reward_model, num_steps=4, batch_size=4),
         ppo=dataclasses.replace(
-            config.ppo, num_iterations=iterations, batch_size=16, max_new_tokens=24, save_every=1
+            config.ppo,
+            num_iterations=iterations,
+            batch_size=16,
+            sampling=Sampling(max_new_tokens=24),
+            save_every=1,
         ),
         best_of=2,
     )
 
 
-def test_the_quickstart_runs_writes_its_files_and_continues(tmp_path, capsys):
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_an_experiment_imports_without_side_effects(experiment, path, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert experiment(path.relative_to(EXPERIMENTS).with_suffix("").as_posix()).__doc__
+    assert capfd.readouterr() == ("", "")
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_quickstart_runs_writes_its_files_and_continues(experiment, tmp_path, capsys):
     quickstart = experiment("quickstart")
     workdir = ["--workdir", str(tmp_path / "run"), *ONE_DEVICE]
     summary = launch.launch(quickstart.run, small(quickstart.config), workdir)
@@ -73,7 +67,7 @@ def test_the_quickstart_runs_writes_its_files_and_continues(tmp_path, capsys):
     assert "KL to the reference" in page and "http" not in page.replace("http://www.w3.org", "")
     printed = capsys.readouterr().out
     assert "rows, 3800 kept, none dropped" in printed and "⟦" in printed
-    assert "The same prompts before and after PPO" in printed
+    assert "The same prompts before and after training" in printed
 
     # More iterations continue: SFT and the reward model are restored, not trained again.
     longer = launch.launch(quickstart.run, small(quickstart.config, iterations=3), workdir)
@@ -90,7 +84,9 @@ def test_the_quickstart_runs_writes_its_files_and_continues(tmp_path, capsys):
     assert "best_of" in capsys.readouterr().err
 
 
-def test_a_batch_that_the_mesh_does_not_divide_is_one_line_and_leaves_nothing(tmp_path, capsys):
+def test_a_batch_that_the_mesh_does_not_divide_is_one_line_and_leaves_nothing(
+    experiment, tmp_path, capsys
+):
     quickstart = experiment("quickstart")
     config = small(quickstart.config)
     config = dataclasses.replace(
@@ -108,26 +104,30 @@ def test_a_batch_that_the_mesh_does_not_divide_is_one_line_and_leaves_nothing(tm
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("flags", "message"),
     [
-        ({"num_minibatches": 3}, "is not a multiple of num_minibatches=3"),
-        ({"micro_batches": 0}, "ppo.micro_batches=0 must be at least 1"),
-        ({"max_new_tokens": 500}, "need 512 positions, but the model has max_length=128"),
+        (["--ppo.num-minibatches", "3"], "are not a multiple of num_minibatches=3"),
+        (["--ppo.micro-batches", "0"], "micro_batches=0 must be at least 1"),
+        (
+            ["--ppo.sampling.max-new-tokens", "500"],
+            "need 512 positions, but the model has max_length=128",
+        ),
     ],
 )
-def test_sizes_of_the_last_stage_are_checked_before_the_first(tmp_path, capsys, changes, message):
+def test_sizes_of_the_last_stage_are_checked_before_the_first(
+    experiment, tmp_path, capsys, flags, message
+):
     quickstart = experiment("quickstart")
-    config = small(quickstart.config)
-    config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, **changes))
+    arguments = ["--workdir", str(tmp_path / "run"), *ONE_DEVICE, *flags]
     with pytest.raises(SystemExit) as stopped:
-        launch.launch(quickstart.run, config, ["--workdir", str(tmp_path / "run"), *ONE_DEVICE])
+        launch.launch(quickstart.run, small(quickstart.config), arguments)
     assert stopped.value.code == 2
     captured = capsys.readouterr()
     assert message in captured.err and "sft" not in captured.out
     assert not (tmp_path / "run").exists()
 
 
-def test_stories_without_data_say_how_to_name_it(tmp_path, capsys, monkeypatch):
+def test_stories_without_data_say_how_to_name_it(experiment, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("RLHF_JAX_DATA", raising=False)
     stories = experiment("stories_sentiment")
     with pytest.raises(SystemExit) as stopped:
@@ -135,7 +135,7 @@ def test_stories_without_data_say_how_to_name_it(tmp_path, capsys, monkeypatch):
     assert stopped.value.code == 2 and "--data DIR" in capsys.readouterr().err
 
 
-def test_stories_run_on_real_input_at_toy_size(tmp_path, real_data):
+def test_stories_run_on_real_input_at_toy_size(experiment, tmp_path, real_data):
     stories = experiment("stories_sentiment")
     rows = gzip.open(real_data / "stories" / "tinystories_sample.jsonl.gz", "rt").readlines()[:120]
     folder = tmp_path / "data"
@@ -159,7 +159,7 @@ def test_stories_run_on_real_input_at_toy_size(tmp_path, real_data):
     assert -0.1 < summary["ppo"]["gold_before"] < 1.0
 
 
-def test_sentiment_is_vaders_normalised_sum():
+def test_sentiment_is_vaders_normalised_sum(experiment):
     stories = experiment("stories_sentiment")
     lexicon = {"happy": 2.7, "sad": -2.1}
     assert stories.sentiment(lexicon, "Happy, happy and sad!") == pytest.approx(
@@ -169,9 +169,11 @@ def test_sentiment_is_vaders_normalised_sum():
 
 
 def test_distinct_bigrams_counts_word_pairs():
-    assert pipeline.distinct_bigrams(["a b a b", "b a"]) == 2 / 4
-    assert pipeline.distinct_bigrams([""]) == 0.0
-    assert pipeline.distinct_bigrams(["你好你好,ok then"]) == 4 / 5  # 你好 好你 你好 好,ok ,ok·then
+    assert evaluation.distinct_bigrams(["a b a b", "b a"]) == 2 / 4
+    assert evaluation.distinct_bigrams([""]) == 0.0
+    assert (
+        evaluation.distinct_bigrams(["你好你好,ok then"]) == 4 / 5
+    )  # 你好 好你 你好 好,ok ,ok·then
 
 
 @pytest.mark.parametrize("module", [sft, reward_model, ppo])
@@ -181,7 +183,7 @@ def test_every_algorithm_is_config_loss_and_run(module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_quickstart_keeps_its_promises(tmp_path, seed):
+def test_the_quickstart_keeps_its_promises(experiment, tmp_path, seed):
     """Gold up by 0.25 at a KL below 15 nats, grammar kept, an accurate reward model."""
     quickstart = experiment("quickstart")
     arguments = ["--workdir", str(tmp_path), "--seed", str(seed), *ONE_DEVICE]
@@ -197,7 +199,7 @@ def test_the_quickstart_keeps_its_promises(tmp_path, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_happier_stories_stay_stories(tmp_path, seed, real_data):
+def test_happier_stories_stay_stories(experiment, tmp_path, seed, real_data):
     """Gold up by 0.2, cross entropy up by at most 0.3 nats a token, bigrams at least 80 %."""
     stories = experiment("stories_sentiment")
     arguments = ["--workdir", str(tmp_path), "--seed", str(seed), "--data", str(real_data)]

@@ -5,18 +5,16 @@ import json
 import pytest
 from page import Page
 
-from rlhf_jax.launch import command
+from rlhf_jax.tools import judge
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
 
 
-@pytest.fixture
-def judge(experiment):
-    return experiment("judge")
+pytestmark = pytest.mark.usefixtures("caches")
 
 
 @pytest.fixture
-def write(judge, tmp_path):
+def write(tmp_path):
     """`write(first rows, second rows, *flags)` -> the page."""
 
     def write(first, second, *flags):
@@ -25,8 +23,7 @@ def write(judge, tmp_path):
             (tmp_path / f"{name}.jsonl").write_text(text, "utf-8")
         output = tmp_path / "judge.html"
         sources = [str(tmp_path / f"{name}.jsonl") for name in ("old", "new")]
-        programs = {"page": judge.page, "score": judge.score}
-        command(programs, ["page", *sources, "--output", str(output), *flags])
+        judge.main(["page", *sources, "--output", str(output), *flags])
         return output
 
     return write
@@ -57,7 +54,7 @@ def test_nothing_in_the_page_says_which_side_is_whose(write):
     assert json.loads(page.with_suffix(".key.json").read_text())["sides"] != key["sides"]
 
 
-def test_a_person_judges_and_the_second_wins_as_often_as_they_said(write, judge, browser, capsys):
+def test_a_person_judges_and_the_second_wins_as_often_as_they_said(write, browser, capsys):
     better = answers("good")
     better[5]["responses"] = ["bad to prompt 5"]  # equal: never shown, a tie
     path = write(answers("bad"), better, "--seed", "3")
@@ -81,11 +78,11 @@ def test_a_person_judges_and_the_second_wins_as_often_as_they_said(write, judge,
     rates = judge.score(downloaded, path.with_suffix(".key.json"))
     assert rates["all"][:4] == (2, 2, 1, 3 / 5)  # won, tied (one of them equal), lost
     assert rates["en"][:3] == (1, 1, 1) and rates["zh"][:3] == (1, 1, 0)
-    assert "4 of 5 pairs judged; 1 equal ones count as ties" in capsys.readouterr().out
+    assert "4 of 5 pairs judged; 1 equal pairs count as ties" in capsys.readouterr().out
     assert not page.errors()
 
 
-def test_equal_pairs_that_a_broken_off_judgement_did_not_reach_do_not_count(judge, write, tmp_path):
+def test_equal_pairs_that_a_broken_off_judgement_did_not_reach_do_not_count(write, tmp_path):
     better = answers("good")
     for i in (0, 5):
         better[i]["responses"] = [f"bad to prompt {i}"]
@@ -99,7 +96,7 @@ def test_equal_pairs_that_a_broken_off_judgement_did_not_reach_do_not_count(judg
     assert judge.score(verdicts, path.with_suffix(".key.json"))["all"][:3] == (0, 6, 0)
 
 
-def test_wilsons_interval_holds_the_shares_that_a_score_test_does_not_refuse(judge):
+def test_wilsons_interval_holds_the_shares_that_a_score_test_does_not_refuse():
     """(share - p)^2 = z^2 p (1 - p) / n at both ends p; and the printed digits of a known case."""
     for share, count in ((0.5, 10), (0.0, 7), (1.0, 30), (0.62, 250)):
         for end in judge.wilson(share, count):
@@ -108,7 +105,7 @@ def test_wilsons_interval_holds_the_shares_that_a_score_test_does_not_refuse(jud
     assert judge.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998
 
 
-def test_a_run_folder_is_judged_before_against_after(judge, tmp_path):
+def test_a_run_folder_is_judged_before_against_after(tmp_path):
     row = {"stage": "evaluation", "step": 0, "prompt": "p", "before": "x", "after": "y"}
     (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
     judge.page((tmp_path,), tmp_path / "ab.html")
@@ -137,13 +134,13 @@ def test_answers_that_cannot_be_paired_are_refused(write, capsys, second, messag
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([("other", 0, "left")], "a verdict on another page"),
-        ([(None, 6, "left")], "'item' must be one of the page's"),
-        ([(None, 0, "middle")], "'verdict' of"),
+        ([("other", 0, "left")], "the verdict is on another page"),
+        ([(None, 6, "left")], "item 6 with verdict 'left', but the page has items 0 to 5"),
+        ([(None, 0, "middle")], "item 0 with verdict 'middle', .* verdicts left, right, tie"),
         ([(None, 0, "left"), (None, 0, "right")], "item 0 is judged at v.jsonl:1 already"),
     ],
 )
-def test_verdicts_that_do_not_fit_the_key_are_refused(write, judge, tmp_path, given, message):
+def test_verdicts_that_do_not_fit_the_key_are_refused(write, tmp_path, given, message):
     key = write(answers("old"), answers("new")).with_suffix(".key.json")
     page = json.loads(key.read_text())["page"]
     rows = [{"page": p or page, "item": item, "verdict": verdict} for p, item, verdict in given]
@@ -152,7 +149,7 @@ def test_verdicts_that_do_not_fit_the_key_are_refused(write, judge, tmp_path, gi
         judge.score(tmp_path / "v.jsonl", key)
 
 
-def test_another_file_is_no_key(judge, tmp_path):
+def test_another_file_is_no_key(tmp_path):
     (tmp_path / "key.json").write_text("[]")
     with pytest.raises(ValueError, match="not a key file"):
         judge.score(tmp_path / "v.jsonl", tmp_path / "key.json")

@@ -3,14 +3,13 @@
 import html.parser
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
 from page import Page
 
 from rlhf_jax.data import batches, builders, tokenizers
-from rlhf_jax.launch import command
+from rlhf_jax.tools import label, pages
 
 HOSTILE = (
     "</script><script>document.title='broken'</script> & \"q\" 'q' <!-- \u2028 \u2029 ${x} $title"
@@ -23,14 +22,17 @@ ROWS = [
 ]
 
 
+pytestmark = pytest.mark.usefixtures("caches")
+
+
 @pytest.fixture
-def write(experiment, tmp_path):
+def write(tmp_path):
     """`write(rows, *flags)` -> the page."""
 
     def write(rows, *flags):
         source, output = tmp_path / "answers.jsonl", tmp_path / "page.html"
         source.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        command(experiment("label").label, [str(source), "--output", str(output), *flags])
+        label.main([str(source), "--output", str(output), *flags])
         return output
 
     return write
@@ -97,13 +99,13 @@ def test_empty_and_repeated_answers_are_dropped_and_counted(write, capsys):
     items = embedded(write(rows))[0]["items"]
     shown = [(item["prompt"], sorted(item["responses"])) for item in items]
     assert shown == [("p", ["a", "b"]), ("r", ["first", "second"]), ("s", ["x", "y"])]
-    assert "3 items; dropped: 2 answers" in capsys.readouterr().out
+    assert "3 items to label; left out: 2 answers" in capsys.readouterr().out
 
 
-def test_a_run_folder_gives_its_samples(experiment, tmp_path):
+def test_a_run_folder_gives_its_samples(tmp_path):
     row = {"stage": "evaluation", "step": 0, "prompt": "p", "before": "x", "after": "y"}
     (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
-    (answers,) = experiment("pages").read(tmp_path)
+    (answers,) = pages.read(tmp_path)
     assert answers == ("p", ["x", "y"], "")
 
 
@@ -114,9 +116,13 @@ def test_a_run_folder_gives_its_samples(experiment, tmp_path):
         ({"prompt": "p"}, [], "answers.jsonl:1: no answers; a row has"),
         ({"prompt": "p", "responses": ["a", 3]}, [], "an answer must be a string, got 3"),
         ({"prompt": [{"role": "user"}], "responses": ["a"]}, [], "a string or a list of messages"),
-        ({"prompt": "p", "responses": ["a", "a"]}, [], "no prompt with 2 different answers"),
+        ({"prompt": "p", "responses": ["a", "a"]}, [], "no prompt has 2 different answers"),
         ({"prompt": "p", "responses": [*"abcdefghij"]}, [], "at most 9 are shown"),
-        ({"prompt": "p", "responses": ["a", "b"]}, ["--scale", "11"], "--scale 11: scores go"),
+        (
+            {"prompt": "p", "responses": ["a", "b"]},
+            ["--scale", "11"],
+            "--scale 11: the highest score",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(write, capsys, row, flags, message):
@@ -124,13 +130,6 @@ def test_bad_input_is_one_line_and_exit_code_2(write, capsys, row, flags, messag
         write([row], *flags)
     error = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and message in error and "\n" not in error
-
-
-def test_importing_the_programs_does_nothing(experiment, capsys):
-    for name in ("label", "judge", "chat", "respond"):
-        sys.modules.pop(name, None)
-        assert experiment(name).__doc__
-    assert capsys.readouterr().out == ""
 
 
 def test_people_rank_tie_skip_and_come_back(write, browser):

@@ -6,13 +6,13 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_experiments import ONE_DEVICE, caches, experiment
 
 from rlhf_jax import launch
 from rlhf_jax.models import huggingface, transformer
+from rlhf_jax.sampling import Sampling
 
-__all__ = ["caches"]  # a fixture that applies itself
-pytestmark = pytest.mark.usefixtures("compile_cache")
+pytestmark = pytest.mark.usefixtures("caches")
+ONE_DEVICE = ["--mesh", "data=1,fsdp=1,tensor=1"]
 ANIMALS = "cat dog bird fish frog bear duck goat lion wolf deer mole crab swan hare seal".split()
 
 
@@ -49,7 +49,11 @@ def small(own_data, **changes):
         sft=dataclasses.replace(config.sft, num_steps=2, batch_size=4),
         reward_model=dataclasses.replace(config.reward_model, num_steps=2, batch_size=4),
         ppo=dataclasses.replace(
-            config.ppo, num_iterations=2, batch_size=8, max_new_tokens=8, num_epochs=1
+            config.ppo,
+            num_iterations=2,
+            batch_size=8,
+            sampling=Sampling(max_new_tokens=8),
+            num_epochs=1,
         ),
         max_prompt=24,
         max_response=24,
@@ -60,9 +64,19 @@ def small(own_data, **changes):
     )
 
 
-def start(config, workdir):
-    own_data = experiment("own_data")
-    return launch.launch(own_data.run, config, ["--workdir", str(workdir), *ONE_DEVICE])
+@pytest.fixture
+def own_data(experiment):
+    return experiment("own_data")
+
+
+@pytest.fixture
+def start(own_data):
+    """`start(config, workdir)` runs the experiment and returns its summary."""
+
+    def start(config, workdir):
+        return launch.launch(own_data.run, config, ["--workdir", str(workdir), *ONE_DEVICE])
+
+    return start
 
 
 def logits(folder, tokens):
@@ -73,7 +87,7 @@ def logits(folder, tokens):
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_pretrained_model_is_tuned_aligned_and_read_by_transformers(
-    tmp_path, files, real_data, lora_rank
+    own_data, start, tmp_path, files, real_data, lora_rank
 ):
     torch = pytest.importorskip("torch")
     from transformers import (
@@ -82,7 +96,6 @@ def test_a_pretrained_model_is_tuned_aligned_and_read_by_transformers(
         AutoTokenizer,
     )
 
-    own_data = experiment("own_data")
     model = str(real_data / "models" / "stories260K")
     summary = start(small(own_data, model=model, lora_rank=lora_rank, **files), tmp_path / "run")
     assert 0.0 <= summary["ppo"]["win_rate_low"] <= summary["ppo"]["win_rate"] <= 1.0
@@ -103,8 +116,9 @@ def test_a_pretrained_model_is_tuned_aligned_and_read_by_transformers(
     assert len(AutoTokenizer.from_pretrained(export / "policy").decode(told[0])) > 10
 
 
-def test_each_stage_starts_alone_from_what_an_earlier_one_exported(tmp_path, files, real_data):
-    own_data = experiment("own_data")
+def test_each_stage_starts_alone_from_what_an_earlier_one_exported(
+    own_data, start, tmp_path, files, real_data
+):
     model = str(real_data / "models" / "stories260K")
     tuned = small(own_data, model=model, demonstrations=files["demonstrations"])
     assert start(tuned, tmp_path / "one").keys() == {"sft", "seconds"}
@@ -118,8 +132,9 @@ def test_each_stage_starts_alone_from_what_an_earlier_one_exported(tmp_path, fil
     assert summary.keys() == {"ppo", "seconds"} and "win_rate" not in summary["ppo"]
 
 
-def test_a_scorer_that_reads_other_tokens_is_refused(tmp_path, files, real_data, capsys):
-    own_data = experiment("own_data")
+def test_a_scorer_that_reads_other_tokens_is_refused(
+    own_data, start, tmp_path, files, real_data, capsys
+):
     config = small(
         own_data,
         model=str(real_data / "models" / "stories260K"),
@@ -132,8 +147,7 @@ def test_a_scorer_that_reads_other_tokens_is_refused(tmp_path, files, real_data,
     assert "policy and reward model differ in ids" in capsys.readouterr().err
 
 
-def test_no_model_and_no_prompts_are_one_line(tmp_path, real_data, capsys):
-    own_data = experiment("own_data")
+def test_no_model_and_no_prompts_are_one_line(own_data, start, tmp_path, real_data, capsys):
     with pytest.raises(SystemExit):
         start(small(own_data), tmp_path / "run")
     assert "--model is missing" in capsys.readouterr().err
@@ -143,9 +157,8 @@ def test_no_model_and_no_prompts_are_one_line(tmp_path, real_data, capsys):
 
 
 def test_folders_of_the_wrong_kind_are_refused_before_anything_is_trained(
-    tmp_path, files, real_data, capsys
+    own_data, start, tmp_path, files, real_data, capsys
 ):
-    own_data = experiment("own_data")
     model = str(real_data / "models" / "stories260K")
     config = small(own_data, model=model, scorer=model, **files)
     with pytest.raises(SystemExit):
@@ -164,10 +177,9 @@ def test_folders_of_the_wrong_kind_are_refused_before_anything_is_trained(
 
 
 def test_rows_that_fit_two_formats_are_read_as_the_one_that_is_named(
-    tmp_path, files, real_data, capsys
+    own_data, tmp_path, files, real_data, capsys
 ):
     """As UltraFeedback has them: messages of the better answer beside both sides."""
-    own_data = experiment("own_data")
     turns = [
         [{"role": "user", "content": f"What does a {x} do?"}, {"role": "assistant", "content": y}]
         for x in ANIMALS
@@ -235,9 +247,8 @@ PAIRS = {
 @pytest.mark.parametrize("ranked", PAIRS)
 @pytest.mark.parametrize("asked", ["text", None])
 def test_the_policy_is_asked_as_it_was_taught_and_scored_whatever_the_files(
-    tmp_path, real_data, told, ranked, asked
+    own_data, tmp_path, real_data, told, ranked, asked
 ):
-    own_data = experiment("own_data")
     tokenizer = own_data.open_tokenizer(real_data / "tokenizers" / "minimind", False)
     config = small(own_data, preferences=jsonl(tmp_path / "pairs.jsonl", PAIRS[ranked]))
     config = dataclasses.replace(config, max_prompt=64)
@@ -247,27 +258,25 @@ def test_the_policy_is_asked_as_it_was_taught_and_scored_whatever_the_files(
         asked = jsonl(tmp_path / "prompts.jsonl", [{"prompt": q} for q in QUESTIONS])
     config = dataclasses.replace(config, demonstrations=told or "", prompts=asked or "")
     data = own_data.read(config, tokenizer)
-    prompts = {tuple(row[0].tolist()) for part in data.prompts for row in part.rows}
+    prompts = {tuple(row.ids.tolist()) for part in data.prompts for row in part.rows}
     assert len(prompts) == len(ANIMALS)
-    documents = [row[0][0] for part in data.demonstrations or () for row in part.rows]
-    for part in (data.first, data.second, data.comparisons_eval):
-        documents += [ids for row in part.rows for ids in row[0]]
+    parts = [*(data.demonstrations or ()), data.first, data.second, data.comparisons_eval]
+    documents = [document for part in parts for row in part.rows for document in row.documents]
     assert documents
-    for ids in documents:
+    for ids, _ in documents:
         assert any(tuple(ids[: len(prompt)].tolist()) == prompt for prompt in prompts)
     if asked:  # PPO alone, with a scorer from elsewhere
         alone = dataclasses.replace(config, demonstrations="", preferences="")
         found = own_data.read(alone, tokenizer).prompts
-        assert {tuple(row[0].tolist()) for part in found for row in part.rows} == prompts
+        assert {tuple(row.ids.tolist()) for part in found for row in part.rows} == prompts
 
 
-def test_raw_prompts_are_fed_as_they_stand_and_not_beside_messages(tmp_path, real_data):
-    own_data = experiment("own_data")
+def test_raw_prompts_are_fed_as_they_stand_and_not_beside_messages(own_data, tmp_path, real_data):
     tokenizer = own_data.open_tokenizer(real_data / "tokenizers" / "minimind", False)
     pairs = jsonl(tmp_path / "pairs.jsonl", PAIRS["text"])
     config = small(own_data, preferences=pairs, raw_prompts=True)
     data = own_data.read(config, tokenizer)
-    assert tokenizer.decode(data.prompts[0].rows[0][0]) in QUESTIONS
+    assert tokenizer.decode(data.prompts[0].rows[0].ids) in QUESTIONS
     chats = jsonl(tmp_path / "chats.jsonl", TEXTS["ultrachat"])
     config = dataclasses.replace(config, demonstrations=chats)
     with pytest.raises(ValueError, match="chats.jsonl: its rows are read as messages, which raw"):
@@ -277,8 +286,9 @@ def test_raw_prompts_are_fed_as_they_stand_and_not_beside_messages(tmp_path, rea
         own_data.read(config, plain)
 
 
-def test_entries_of_a_dataset_info_and_pairs_of_languages_are_files_too(tmp_path, real_data):
-    own_data = experiment("own_data")
+def test_entries_of_a_dataset_info_and_pairs_of_languages_are_files_too(
+    own_data, tmp_path, real_data
+):
     tokenizer = own_data.open_tokenizer(real_data / "models" / "stories260K", False)
     rows = [{"en": q, "de": "Es läuft."} for q in QUESTIONS]
     file = jsonl(tmp_path / "pairs.jsonl", rows)
@@ -303,8 +313,9 @@ def test_entries_of_a_dataset_info_and_pairs_of_languages_are_files_too(tmp_path
         own_data.read(twice, tokenizer)
 
 
-def test_texts_without_prompts_do_not_stand_beside_prompts_in_a_template(tmp_path, real_data):
-    own_data = experiment("own_data")
+def test_texts_without_prompts_do_not_stand_beside_prompts_in_a_template(
+    own_data, tmp_path, real_data
+):
     tokenizer = own_data.open_tokenizer(real_data / "tokenizers" / "minimind", False)
     texts = jsonl(tmp_path / "texts.jsonl", [{"text": q} for q in QUESTIONS])
     prompts = jsonl(tmp_path / "prompts.jsonl", [{"prompt": q} for q in QUESTIONS])
@@ -316,15 +327,14 @@ def test_texts_without_prompts_do_not_stand_beside_prompts_in_a_template(tmp_pat
     ):
         own_data.read(config, tokenizer)
     data = own_data.read(dataclasses.replace(config, raw_prompts=True), tokenizer)
-    assert tokenizer.decode(data.prompts[0].rows[0][0]) in QUESTIONS
+    assert tokenizer.decode(data.prompts[0].rows[0].ids) in QUESTIONS
     few = jsonl(tmp_path / "few.jsonl", [{"text": "one"}, {"text": "two"}])
     config = small(own_data, demonstrations=few)
     with pytest.raises(ValueError, match="few.jsonl: . rows to train on and . held out; give more"):
         own_data.read(dataclasses.replace(config, held_out=0.01), tokenizer)
 
 
-def test_more_iterations_replace_the_exported_policy(tmp_path, files, real_data):
-    own_data = experiment("own_data")
+def test_more_iterations_replace_the_exported_policy(own_data, start, tmp_path, files, real_data):
     model = str(real_data / "models" / "stories260K")
     config = small(own_data, model=model, preferences=files["preferences"])
     start(config, tmp_path / "run")

@@ -6,12 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from test_experiments import ONE_DEVICE, caches, experiment
 
 from rlhf_jax import launch
 
-__all__ = ["caches"]  # a fixture that applies itself
-pytestmark = pytest.mark.usefixtures("compile_cache")
+pytestmark = pytest.mark.usefixtures("caches")
+ONE_DEVICE = ["--mesh", "data=1,fsdp=1,tensor=1"]
 
 
 @pytest.fixture
@@ -59,14 +58,15 @@ def small_preferences(config, **changes):
     return small(config, reward_model=scorer, **changes)
 
 
-def start(name, config, tmp_path, data):
+def start(module, config, tmp_path, data):
     arguments = ["--workdir", str(tmp_path / "run"), "--data", str(data), *ONE_DEVICE]
-    return launch.launch(experiment(name).run, config, arguments)
+    return launch.launch(module.run, config, arguments)
 
 
-def test_the_model_of_harmlessness_is_measured_beside_length(tmp_path, few):
-    config = small_preferences(experiment("reward_model_harmless").config)
-    summary = start("reward_model_harmless", config, tmp_path, few)
+def test_the_model_of_harmlessness_is_measured_beside_length(experiment, tmp_path, few):
+    module = experiment("reward_model_harmless")
+    config = small_preferences(module.config)
+    summary = start(module, config, tmp_path, few)
     found = summary["reward_model"]
     assert found["eval_accuracy_low"] <= found["eval_accuracy"] <= found["eval_accuracy_high"]
     assert found["eval_longer_wins"] + found["eval_shorter_wins"] == pytest.approx(1.0)
@@ -75,10 +75,11 @@ def test_the_model_of_harmlessness_is_measured_beside_length(tmp_path, few):
     assert f"{found['eval_accuracy']:.1%}</b><p>held-out comparisons, 95 % interval" in report
 
 
-def test_both_losses_are_measured_on_gpt4_on_people_and_by_model(tmp_path, few):
-    config = experiment("reward_model_gpt4_comparisons").config
+def test_both_losses_are_measured_on_gpt4_on_people_and_by_model(experiment, tmp_path, few):
+    module = experiment("reward_model_gpt4_comparisons")
+    config = module.config
     config = small_preferences(config, alpaca_eval_rows=40)
-    summary = start("reward_model_gpt4_comparisons", config, tmp_path, few)["reward_model"]
+    summary = start(module, config, tmp_path, few)["reward_model"]
     assert summary.keys() == {"rank", "regression"}
     for figures in summary.values():
         assert {"gpt4_en", "gpt4_zh", "pandalm_en", "oasst_zh", "alpaca_eval"} == figures.keys()
@@ -88,12 +89,13 @@ def test_both_losses_are_measured_on_gpt4_on_people_and_by_model(tmp_path, few):
         assert -1.0 <= judged["order"] <= 1.0 and 8 < len(judged["gap"]) <= 16
     assert summary["rank"] != summary["regression"]
     report = (tmp_path / "run" / "report.html").read_text()
-    assert "Accuracy, Regression" in report and "comparisons, oasst_zh" in report
+    assert "Accuracy, Reward model (regression)" in report and "comparisons, oasst_zh" in report
 
 
-def test_chinese_answers_are_packed_learned_and_exported(tmp_path, few):
-    config = small(experiment("sft_alpaca_zh").config)
-    summary = start("sft_alpaca_zh", config, tmp_path, few)
+def test_chinese_answers_are_packed_learned_and_exported(experiment, tmp_path, few):
+    module = experiment("sft_alpaca_zh")
+    config = small(module.config)
+    summary = start(module, config, tmp_path, few)
     assert summary["utilisation"]["packed"] > summary["utilisation"]["plain"]
     # Frequencies of a few rows beat the uniform distribution; two steps of noise hardly do.
     assert 4.0 < summary["sft"]["frequency_loss"] < np.log(6400) < summary["sft"]["eval_loss"] + 0.5
@@ -104,7 +106,7 @@ def test_chinese_answers_are_packed_learned_and_exported(tmp_path, few):
 @pytest.mark.parametrize(
     "name", ["reward_model_harmless", "reward_model_gpt4_comparisons", "sft_alpaca_zh"]
 )
-def test_without_data_they_say_how_to_name_it(name, tmp_path, capsys, monkeypatch):
+def test_without_data_they_say_how_to_name_it(experiment, name, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("RLHF_JAX_DATA", raising=False)
     module = experiment(name)
     with pytest.raises(SystemExit) as stopped:

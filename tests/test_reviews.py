@@ -1,17 +1,12 @@
-"""The made task of experiments/reviews.py: what its gold score, labels and files promise."""
+"""The synthetic task of tasks/reviews.py: what its gold score, labels and files promise."""
 
-import importlib.util
 import json
 import math
-import pathlib
 import random
 
 import pytest
 
-PATH = pathlib.Path(__file__).resolve().parents[1] / "experiments" / "reviews.py"
-SPEC = importlib.util.spec_from_file_location("reviews", PATH)
-reviews = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(reviews)
+from rlhf_jax.tasks import review_grammar, reviews
 
 CAMERA = "Write a review of the Nova camera.\n"
 FILM = "Is The Silver Harbour any good?\n"
@@ -44,7 +39,7 @@ def drawn():
     rows = []
     for i in range(20000):
         prompt = prompts[i % len(prompts)]
-        sentences = reviews.review(rng, reviews.subject(prompt)[0])
+        sentences = reviews.review(rng, review_grammar.subject(prompt)[0])
         rows.append((prompt, sentences, score(*sentences, prompt=prompt)))
     return rows
 
@@ -127,7 +122,7 @@ def test_a_film_is_judged_by_the_sentences_of_films():
 )
 def test_empty_text_garbage_and_heaps_of_keywords_score_nothing(response):
     assert reviews.gold(CAMERA, response) == 0.0
-    assert not reviews.grammatical(response)
+    assert not review_grammar.grammatical(response)
 
 
 def test_random_words_of_the_task_score_almost_nothing(drawn):
@@ -146,9 +141,9 @@ def test_one_sentence_said_many_times_earns_no_more_than_once():
 
 
 def test_every_true_sentence_of_the_grammar_at_once_scores_less_than_a_review():
-    facts = reviews.FACTS["product"].items()
+    facts = review_grammar.FACTS["product"].items()
     heap = [f"The {name} {good}.".format(number="two") for name, (good, _) in facts]
-    assert reviews.grammatical(" ".join(heap))
+    assert review_grammar.grammatical(" ".join(heap))
     assert score(OPENING, *heap, WEAKNESS, VERDICT) <= 0.6
 
 
@@ -182,21 +177,21 @@ def test_a_prompt_that_names_no_item_is_refused():
     ],
 )
 def test_the_recogniser_knows_sentences_written_by_hand(sentence, accepted):
-    assert reviews.grammatical(sentence) is accepted
+    assert review_grammar.grammatical(sentence) is accepted
 
 
 def test_grammatical_wants_one_to_five_sentences_parted_by_single_spaces():
-    assert reviews.grammatical(" ".join([STRENGTH] * 5))
-    assert not reviews.grammatical(" ".join([STRENGTH] * 6))
-    assert not reviews.grammatical(STRENGTH + VERDICT)
-    assert not reviews.grammatical(f"{STRENGTH}  {VERDICT}")
-    assert not reviews.grammatical(f"{STRENGTH}\n{VERDICT}")
+    assert review_grammar.grammatical(" ".join([STRENGTH] * 5))
+    assert not review_grammar.grammatical(" ".join([STRENGTH] * 6))
+    assert not review_grammar.grammatical(STRENGTH + VERDICT)
+    assert not review_grammar.grammatical(f"{STRENGTH}  {VERDICT}")
+    assert not review_grammar.grammatical(f"{STRENGTH}\n{VERDICT}")
 
 
 def test_every_demonstration_is_grammatical_and_loses_nothing_to_costs(drawn):
     for prompt, sentences, value in drawn:
         text = " ".join(sentences)
-        assert reviews.grammatical(text) and reviews.split(text) == sentences
+        assert review_grammar.grammatical(text) and review_grammar.split(text) == sentences
         assert 2 <= len(sentences) <= 4 and 0.0 <= value <= 1.0
         assert min(reviews.properties(prompt, text).values()) >= 0
 
@@ -206,8 +201,8 @@ def test_corruptions_are_rejected_or_cost_gold(drawn):
     rng = random.Random("damage")
     rejected = lower = 0
     for prompt, sentences, value in drawn[:5000]:
-        text = reviews.corrupt(rng, reviews.subject(prompt)[0], sentences)
-        rejected += not reviews.grammatical(text)
+        text = reviews.corrupt(rng, review_grammar.subject(prompt)[0], sentences)
+        rejected += not review_grammar.grammatical(text)
         lower += reviews.gold(prompt, text) < value
     assert 0.57 < rejected / 5000 < 0.63  # measured 0.60: all but a few of the three fifths
     assert lower / 5000 > 0.85  # the rest had nothing left to lose
@@ -300,7 +295,9 @@ def test_files_hold_the_promised_rows(task):
 def test_training_and_held_out_prompts_share_words_but_no_item(seed):
     train, held_out = reviews.split_prompts(seed)
     assert len(set(train)) == 384 and len(set(held_out)) == 128
-    known, new = ({reviews.subject(prompt)[0] for prompt in part} for part in (train, held_out))
+    known, new = (
+        {review_grammar.subject(prompt)[0] for prompt in part} for part in (train, held_out)
+    )
     assert not known & new and len(known | new) == 128
     assert {word for item in new for word in item.split()} <= {
         word for item in known for word in item.split()

@@ -1,16 +1,19 @@
-"""How fast one device runs each algorithm, next to what its arithmetic and memory allow.
+"""Measures how fast one device runs each algorithm, against what its arithmetic and memory allow.
 
     python experiments/benchmarks/speed.py --steps 6 --json speed.jsonl
 
-Times an SFT step, a reward-model step (pairs), sampling, and a whole PPO iteration (own critic,
-4 epochs of 1 minibatch) on random tokens: by default 4 layers of width 256, 4096 ids, batch 32,
-prompt 64 + response 64, float32. Each is the program that training runs. Two floors are measured
-in the same run: `arithmetic` is the model's FLOPs at the rate of one large matrix product, `memory`
-the bytes that have to move at the rate of one large copy; a share is floor / measured seconds.
-On a machine with other load, compare ratios of runs taken in turn, not seconds.
+It times a step of SFT, a step of the reward model (on pairs), sampling, and a whole iteration of
+PPO (with its own critic, 4 epochs of 1 minibatch) on random tokens. By default the model has 4
+layers of width 256 and 4096 token ids, the batch has 32 rows with a prompt and a response of 64
+tokens each, and everything is float32. Each program is the one that training runs.
 
-On Linux CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1: a program's temporaries are mapped anew at
-every call, and with pages of 4 kB a fifth of a training step goes into 290,000 page faults.
+Two lower bounds on the time are measured in the same run. `arithmetic` is the time that the model's
+FLOPs would take at the rate of one large matrix product, and `memory` the time that the bytes which
+have to move would take at the rate of one large copy. The table shows each bound as a share of the
+measured time. On a machine with other load, compare the ratios of runs taken in turn, not seconds.
+
+On Linux CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1. The temporaries of a program are mapped
+anew at every call, and with pages of 4 kB a fifth of a training step goes into 290,000 page faults.
 """
 
 from __future__ import annotations
@@ -32,36 +35,37 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax import sharding
+from rlhf_jax import online, sharding
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.data.batches import Comparisons, Demonstrations, Prompts
-from rlhf_jax.models import lora, transformer
+from rlhf_jax.data.records import Ends
+from rlhf_jax.models import transformer
+from rlhf_jax.models.partition import combine
 from rlhf_jax.rewards import learned
-from rlhf_jax.sampling import decode
-from rlhf_jax.training import state as training
+from rlhf_jax.sampling import Drawing, Sampling, decode
+from rlhf_jax.training import loop
 
 FLOAT = 4  # bytes: parameters, gradients and moments are float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sizes of the workload. steps: timed repetitions, of which the median counts. matmul, copy:
-    side of the square product and megabytes of the array that the floors are measured with."""
+    """What is timed, and at which sizes."""
 
-    steps: int = 6
+    steps: int = 6  # timed repetitions, of which the median is reported
     tasks: tuple[str, ...] = ("sft", "reward_model", "sampling", "ppo")
     batch: int = 32
     prompt: int = 64
     response: int = 64
     model: transformer.Config = transformer.Config(vocab_size=4096)
     epochs: int = 4
-    matmul: int = 2048
-    copy: int = 256
+    matmul: int = 2048  # side of the square matrices that the arithmetic bound is measured with
+    copy: int = 256  # megabytes of the array that the memory bound is measured with
     json: Path | None = None
 
 
 class Row(NamedTuple):
-    """One task. Shares are floor / seconds_per_step (1 would be the floor itself).
+    """The figures of one task. A share is lower bound / seconds_per_step, so at most 1.
 
     compile_seconds: tracing, lowering and compiling; program_megabytes: the compiler's arguments +
     temporaries + outputs - aliased, of the largest program; process_megabytes: the highest resident
@@ -83,7 +87,7 @@ class Row(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a step must do at least, whatever the program: model FLOPs and bytes."""
+    """What any program for a step must do at least: the FLOPs of the model, and bytes to move."""
 
     flops: float
     bytes: float
@@ -108,9 +112,10 @@ def trunk_weights(c: transformer.Config) -> int:
 def forward_flops(c: transformer.Config, rows: int, first: int, last: int, heads: int) -> float:
     """A forward pass over positions [first, last) of `rows` rows, the rest being cached.
 
-    Counted: 2 a multiplication-addition of every weight matrix; causal attention, where position t
-    reads t + 1 keys and values; the vocabulary product at `heads` positions a row. Not counted:
-    norms, rotary angles, softmax, the embedding lookup and the masked half of the attention square.
+    Counted are 2 FLOPs per multiplication and addition for every weight matrix, causal attention
+    (where position t reads t + 1 keys and values), and the vocabulary product at `heads` positions
+    per row. Not counted are norms, rotary angles, softmax, the embedding lookup and the masked half
+    of the attention matrix.
     """
     length = last - first
     pairs = (last * (last + 1) - first * (first + 1)) // 2
@@ -181,23 +186,16 @@ def _random_tokens(config, *shape):
 
 
 def _supervised(mesh, config, loss_fn, models, batch, tokens, work):
-    """The step of SFT and reward modelling, as `training.loop` compiles it."""
-    optimizer = training.make_optimizer(config.optimizer, config.num_steps)
-    state = sharding.born(mesh, lambda: training.init_state(optimizer, models))
-    moving, whole = sharding.tree(mesh, state), sharding.replicated(mesh)
-    step = jax.jit(
-        lambda config, state, batch: training.update(loss_fn, config, state, batch),
-        in_shardings=(whole, moving, sharding.rows(mesh)),
-        out_shardings=(moving, whole),
-        donate_argnums=1,
-    )
+    """The step of SFT and reward modelling: the program that their `run` calls."""
+    state = sharding.initialise(mesh, loop.init_state, config, models)
+    step = loop.supervised_program(loss_fn, mesh, state, {})
     batch = sharding.put_rows(mesh, batch)
-    programs = ((step, (config, state, batch)),)
-    return Task(state, lambda state: step(config, state, batch)[0], programs, tokens, work)
+    programs = ((step, (config, state, {}, batch)),)
+    return Task(state, lambda state: step(config, state, {}, batch)[0], programs, tokens, work)
 
 
 def make_sft(config: Config, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
-    """Cross entropy on the response, unpadded rows."""
+    """A step of SFT: cross entropy on the response, with rows that have no padding."""
     tokens, attend = _random_tokens(config, config.batch, config.prompt + config.response)
     mask = np.zeros(tokens.shape, np.float32)
     mask[:, config.prompt :] = 1.0
@@ -207,11 +205,12 @@ def make_sft(config: Config, mesh: jax.sharding.Mesh, policy: transformer.Model)
 
 
 def make_reward_model(config: Config, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
-    """One pair a prompt, so twice the rows of SFT."""
+    """A step of the reward model: one pair per prompt, so twice the rows of SFT."""
     tokens, attend = _random_tokens(config, config.batch, 2, config.prompt + config.response)
     ranks = np.tile(np.arange(2, dtype=np.int32), (config.batch, 1))
     margin = np.zeros(config.batch, np.float32)
-    batch = Comparisons(tokens, attend, ranks, np.ones(ranks.shape, np.float32), margin)
+    mask, present = np.ones(tokens.shape, np.float32), np.ones(ranks.shape, np.float32)
+    batch = Comparisons(tokens, attend, mask, ranks, present, margin)
     scorer = reward_model.init_scorer(policy, jax.random.key(1))
     models, work = {"scorer": scorer}, reward_model_work(config, scorer)
     loss = reward_model.loss
@@ -225,17 +224,24 @@ def _prompts(config, mesh):
 
 def _ends(config):
     """An EOS that no model emits, so that every response has its full length."""
-    return {"eos_ids": (config.model.vocab_size,), "pad_id": 0}
+    return Ends(eos_ids=(config.model.vocab_size,), pad_id=0)
 
 
 def make_sampling(config: Config, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
-    """Unfiltered sampling at temperature 1, prefill included. Tokens: the sampled ones."""
+    """Sampling at temperature 1 without filters, prefill included; it counts the sampled tokens."""
     rows, whole = sharding.rows(mesh), sharding.replicated(mesh)
 
     def sample(policy, prompts, iteration):
         keys = decode.row_keys(jax.random.fold_in(jax.random.key(0), iteration), prompts.index)
-        sizes = {"max_new_tokens": config.response, **_ends(config)}
-        return decode.sample(policy, prompts.tokens, prompts.attend, keys, **sizes), iteration + 1
+        drawn = decode.sample(
+            policy,
+            prompts.tokens,
+            prompts.attend,
+            keys,
+            sampling=Sampling(max_new_tokens=config.response),
+            ends=_ends(config),
+        )
+        return drawn, iteration + 1
 
     sample = jax.jit(
         sample,
@@ -244,47 +250,44 @@ def make_sampling(config: Config, mesh: jax.sharding.Mesh, policy: transformer.M
     )
     prompts = _prompts(config, mesh)
     start = jax.device_put(jnp.int32(0), whole)
-    # The samples are kept in the state so that a step is over when they are there.
-    step = lambda state: sample(policy, prompts, state[1])  # noqa: E731
+
+    def step(state):
+        # The samples are kept in the state so that a step is over when they are there.
+        return sample(policy, prompts, state[1])
+
     tokens = config.batch * config.response
     programs = ((sample, (policy, prompts, start)),)
     return Task((None, start), step, programs, tokens, sampling_work(config))
 
 
 def make_ppo(config: Config, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
-    """Collect and update, two programs as in `ppo.run`. Tokens: prompts and responses."""
+    """The three programs of an iteration of `ppo.run`; prompts and responses count as tokens."""
     settings = ppo.Config(
-        batch_size=config.batch, max_new_tokens=config.response, num_epochs=config.epochs
+        batch_size=config.batch,
+        sampling=Sampling(max_new_tokens=config.response),
+        num_epochs=config.epochs,
     )
     scorer = reward_model.init_scorer(policy, jax.random.key(1))
+    networks = ppo.networks(settings, policy, scorer)
     frozen = sharding.place(mesh, {"reference": policy, "scorer": scorer})
-    state = sharding.born(mesh, lambda: ppo.init_state(settings, policy, scorer))
-    ends = _ends(config)
-
-    def collect(settings, state, frozen, prompts):
-        models = lora.join(frozen, state.train.trainable)
-        return ppo.collect(
-            settings, learned.score, *ends.values(), models, state.iteration, prompts
-        )
-
-    def update(settings, state, frozen, rollout):
-        state = state._replace(train=state.train._replace(frozen=frozen))
-        state, metrics = ppo.update(ppo.loss, settings, state, rollout)
-        return state._replace(train=state.train._replace(frozen={})), metrics
-
-    moving, rows = sharding.tree(mesh, state), sharding.rows(mesh)
-    whole = sharding.replicated(mesh)
-    taken = (whole, moving, sharding.tree(mesh, frozen), rows)
-    collect = jax.jit(collect, in_shardings=taken, out_shardings=rows)
-    update = jax.jit(update, in_shardings=taken, out_shardings=(moving, whole), donate_argnums=1)
+    algorithm = ppo.algorithm()
+    state = sharding.initialise(mesh, online.init_state, settings, algorithm.memory, networks)
+    sample, judge, update = online.compile_programs(
+        algorithm, Drawing(_ends(config)), learned.score, mesh, state, frozen
+    )
     prompts = _prompts(config, mesh)
 
     def iterate(state):
-        return update(settings, state, frozen, collect(settings, state, frozen, prompts))[0]
+        params = combine(frozen, state.train.trainable)
+        rollout = judge(settings, params, *sample(settings, params, state.iteration, prompts))
+        return update(settings, state, frozen, rollout)[0]
 
-    rollout = jax.eval_shape(collect, settings, state, frozen, prompts)
+    params = combine(frozen, state.train.trainable)
+    drawn = jax.eval_shape(sample, settings, params, state.iteration, prompts)
+    rollout = jax.eval_shape(judge, settings, params, *drawn)
     programs = (
-        (collect, (settings, state, frozen, prompts)),
+        (sample, (settings, params, state.iteration, prompts)),
+        (judge, (settings, params, *drawn)),
         (update, (settings, state, frozen, rollout)),
     )
     tokens = config.batch * (config.prompt + config.response)
@@ -311,13 +314,13 @@ def _seconds(step, state, repeats):
 
 
 def matmul_rate(size: int) -> float:
-    """FLOPs a second of a float32 [size, size] product, the best of five."""
+    """FLOPs per second of a float32 [size, size] product, the best of five."""
     other = jnp.ones((size, size), jnp.float32) / size
     return 2.0 * size**3 / min(_seconds(jax.jit(lambda x: x @ other), other, 5))
 
 
 def copy_rate(megabytes: int) -> float:
-    """Bytes a second, read and written, of x + 1 in place, the best of five."""
+    """Bytes per second, read and written, of x + 1 in place, the best of five."""
     x = jnp.zeros(megabytes * 2**20 // FLOAT, jnp.float32)
     return 2.0 * x.nbytes / min(_seconds(jax.jit(lambda x: x + 1, donate_argnums=0), x, 5))
 
@@ -363,18 +366,20 @@ def _process_megabytes():
 
 
 def run(config: Config) -> list[Row]:
-    """One row a task, on one device."""
+    """Measures every task on one device. Returns one row per task."""
     mesh = sharding.make_mesh(data=1, fsdp=1)
     with jax.set_mesh(mesh):
         rows = []
         for name in config.tasks:
-            policy = sharding.born(mesh, lambda: transformer.init(config.model, jax.random.key(0)))
+            policy = sharding.initialise(
+                mesh, transformer.init, config.model, jax.random.key(0), static_argnums=0
+            )
             rows.append(measure(config, name, MAKERS[name](config, mesh, policy)))
     return rows
 
 
 def show(rows: list[Row], console: Console) -> None:
-    """The rows as a table; the rates of the floors differ a little from task to task."""
+    """Prints the rows as a table."""
     table = Table(title=f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     table.add_column("task")
     heads = ("s/step", "tokens/s", "arithmetic", "memory", "compile s", "program MB", "process MB")
@@ -399,7 +404,7 @@ def _rounded(row):
 
 
 def main(config: Config) -> None:
-    """Prints the table, and one line of JSON a task to stdout or to `config.json`."""
+    """Prints the table, and one line of JSON per task to stdout or to `config.json`."""
     rows = run(config)
     show(rows, Console())
     lines = "".join(json.dumps(_rounded(row)) + "\n" for row in rows)

@@ -1,14 +1,16 @@
-"""What the pages for people share: reading answers, one self-contained HTML file, the shuffle.
+"""What the pages of `label` and `judge` share: reading answers, writing the page, shuffling.
 
-`label.py` and `judge.py` write the same page (page.html, page.css and page.js beside this file).
-It asks for nothing from elsewhere, and its content policy forbids it to; texts enter it as JSON and
-are shown as text, so that nothing a model says can become markup.
+Both tools write the same page, which is filled from page.html, page.css and page.js beside this
+file. The page loads nothing from anywhere else, and its content security policy forbids it to. All
+texts enter it as JSON and are shown as plain text, so that nothing a model writes can become markup
+or a script.
 """
 
 from __future__ import annotations
 
 import hashlib
 import html
+import importlib.resources
 import json
 import pathlib
 import string
@@ -21,7 +23,6 @@ from rlhf_jax.data import builders
 from rlhf_jax.training import report
 from rlhf_jax.training.metrics import write_atomically
 
-HERE = pathlib.Path(__file__).parent
 Prompt = str | list[dict[str, str]]  # plain text, or messages with 'role' and 'content'
 FIELDS = (
     "a row has 'prompt' and 'responses' (a list), or 'prompt' and 'response' or 'completion', or "
@@ -30,18 +31,19 @@ FIELDS = (
 
 
 class Answers(NamedTuple):
-    """What was answered to one prompt, and the group that the prompt belongs to ("" for none)."""
+    """A prompt with the responses to it."""
 
     prompt: Prompt
     responses: list[str]
-    group: str
+    group: str  # what the prompt is counted under when win rates are reported by group; "" if none
 
 
 def read(source: pathlib.Path, fields: Sequence[str] = ("before", "after")) -> list[Answers]:
-    """Answers of a .jsonl or .json file (or .gz), or of a run's folder, one entry a prompt.
+    """Reads answers from a .jsonl or .json file (also .gz) or from the samples of a run's folder.
 
-    Rows of the same prompt are joined. Of a row with `before` and `after`, as a run's evaluation
-    writes them, the named ones are read. Raises ValueError with file and line.
+    Rows with the same prompt are joined into one entry. A run's evaluation writes rows with
+    `before` and `after`; of these, the responses named by `fields` are read. Raises ValueError,
+    with file and line, for a row without a prompt or without responses.
     """
     if source.is_dir():
         source = source / "samples.jsonl"
@@ -49,16 +51,16 @@ def read(source: pathlib.Path, fields: Sequence[str] = ("before", "after")) -> l
         raise ValueError(f"{source}: no such file; name a file of answers or a run's folder")
     joined: dict[str, Answers] = {}
     for row, where in builders.load(source):
-        asked, group = prompt(row, where), row.get("group", "")
+        found, group = prompt(row, where), row.get("group", "")
         if not isinstance(group, str):
             raise ValueError(f"{where}: 'group' must be a string, got {group!r:.60}")
-        entry = joined.setdefault(json.dumps(asked), Answers(asked, [], group))
+        entry = joined.setdefault(json.dumps(found), Answers(found, [], group))
         entry.responses.extend(_responses(row, where, fields))
     return list(joined.values())
 
 
 def prompt(row: dict[str, Any], where: str) -> Prompt:
-    """The prompt of a row, text or messages. Raises ValueError naming `where`."""
+    """The prompt of a row, text or messages. Raises ValueError, which names `where`, file:line."""
     if "prompt" not in row:
         raise ValueError(f"{where}: 'prompt' is missing; {FIELDS}")
     found = row["prompt"]
@@ -90,40 +92,47 @@ def _responses(row: dict[str, Any], where: str, fields: Sequence[str]) -> list[s
 
 
 def shuffled(seed: int, position: int, size: int) -> list[int]:
-    """Which answer is shown first, second, ..: a function of the seed and the item's position."""
+    """A permutation of `range(size)` that depends on the seed and the item's position alone.
+
+    Entry i is the index of the answer that is shown at place i.
+    """
     return np.random.default_rng((seed, position)).permutation(size).tolist()
 
 
 def identity(content: dict[str, Any]) -> str:
-    """What the page's progress is kept under: a hash of all that it shows."""
+    """A hash of everything that the page shows. The browser stores the progress under it."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def write(path: pathlib.Path, title: str, content: dict[str, Any]) -> str:
     """Writes the page of `content` (kind, scale, items) and returns its identity.
 
-    Raises ValueError where the folder is missing or the name is not that of an HTML page.
+    Raises ValueError where the folder does not exist or the name does not end in .html.
     """
     if path.suffix != ".html":
         raise ValueError(f"--output {path}: the page is HTML; give it a name that ends in .html")
     if not path.parent.is_dir():
-        raise ValueError(f"--output {path}: {path.parent} is no folder; make it first")
+        raise ValueError(f"--output {path}: {path.parent} is not a folder; create it first")
     name = identity(content)
-    stem = "verdicts" if content["kind"] == "judge" else "labels"
-    data = content | {"hash": name, "file": f"{path.stem}.{stem}.jsonl"}
-    style = report.STYLE + (HERE / "page.css").read_text(encoding="utf-8")
-    page = string.Template((HERE / "page.html").read_text(encoding="utf-8"))
-    filled = page.substitute(
-        title=html.escape(title), style=style, script=_file("page.js"), data=embedded(data)
+    kind = "verdicts" if content["kind"] == "judge" else "labels"
+    data = content | {"hash": name, "file": f"{path.stem}.{kind}.jsonl"}
+    page = string.Template(_file("page.html")).substitute(
+        title=html.escape(title),
+        style=report.STYLE + _file("page.css"),
+        script=_file("page.js"),
+        data=embedded(data),
     )
-    write_atomically(path, filled)
+    write_atomically(path, page)
     return name
 
 
 def embedded(data: Any) -> str:
-    """JSON that no HTML parser can end early: ASCII, and without `<`, which ends a script."""
+    """JSON that can stand inside a script element of an HTML page.
+
+    It is ASCII and holds no `<`, so that no text in it can end the element early.
+    """
     return json.dumps(data).replace("<", "\\u003c")
 
 
 def _file(name: str) -> str:
-    return (HERE / name).read_text(encoding="utf-8")
+    return (importlib.resources.files(__name__) / name).read_text(encoding="utf-8")

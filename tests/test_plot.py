@@ -1,0 +1,67 @@
+"""The figure of several runs: what is drawn, and what is refused in one line."""
+
+import json
+
+import pytest
+
+from rlhf_jax.tools import plot
+
+pytestmark = pytest.mark.usefixtures("caches")
+
+
+def write_run(folder, golds):
+    lines = [{"stage": "sft", "step": 1, "loss": 0.5}]
+    lines += [
+        {"stage": "ppo", "step": i + 1, "objective/gold": gold, "objective/kl": 2.0 * i}
+        for i, gold in enumerate(golds)
+    ]
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+def test_every_run_is_a_line_in_both_panels(tmp_path, monkeypatch):
+    import matplotlib.axes
+
+    drawn = []
+    original = matplotlib.axes.Axes.plot
+
+    def record(axis, x, y, label):
+        drawn.append((label, x, y))
+        return original(axis, x, y, label=label)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", record)
+    runs = [write_run(tmp_path / "one", [0.4, 0.5]), write_run(tmp_path / "two", [0.3, 0.6, 0.7])]
+    plot.main([str(tmp_path / "new" / "figure.png"), *runs])
+    assert drawn == [
+        ("one", [1, 2], [0.4, 0.5]),
+        ("one", [1, 2], [0.0, 2.0]),
+        ("two", [1, 2, 3], [0.3, 0.6, 0.7]),
+        ("two", [1, 2, 3], [0.0, 2.0, 4.0]),
+    ]
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_help_says_what_the_program_does(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        plot.main(["--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Draws the curves of one or several runs on one figure" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["figure.png", "nowhere"], "its metrics.jsonl holds no line with objective/gold"),
+        (["figure.pdf", "nowhere"], "figure.pdf: the figure is a PNG image"),
+        (["figure.png"], "no run is named"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        plot.main(arguments)
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and message in error and "\n" not in error
+    assert not any(tmp_path.iterdir())
