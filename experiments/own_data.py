@@ -58,7 +58,7 @@ from rlhf_jax.data.batches import Examples, Loader
 from rlhf_jax.data.schema import BadRow, at
 from rlhf_jax.evaluation import Exam
 from rlhf_jax.launch import Context, launch
-from rlhf_jax.models import huggingface, lora
+from rlhf_jax.models import huggingface, lora, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import agreement
 from rlhf_jax.sampling import Sampling
@@ -124,7 +124,7 @@ def open_scorer(config: Config, context: Context, tokenizer: tokenizers.Tokenize
     """The reward model of a folder. Raises ValueError unless it reads what the policy writes."""
     folder = huggingface.fetch(config.scorer)
     tokenizers.check_same(tokenizer, open_tokenizer(folder, config.plain_template))
-    scorer = huggingface.load(folder, context.mesh)
+    scorer = transformer.computed_as(huggingface.load(folder, context.mesh), context.compute)
     if "score" not in scorer.weights:
         raise ValueError(f"{config.scorer}: a language model, where a reward model is needed")
     tokenizers.check_vocab(tokenizer, scorer.config.vocab_size)
@@ -290,7 +290,7 @@ def run(config: Config, context: Context) -> dict:
         raise ValueError("nothing to do: name --demonstrations, --preferences or --scorer")
     base = huggingface.fetch(config.model)
     tokenizer = open_tokenizer(base, config.plain_template)
-    policy = folders.language_model(base, tokenizer, context.mesh)
+    policy = folders.language_model(base, tokenizer, context.mesh, context.compute)
     check_sizes(config, context, policy)
     scorer = open_scorer(config, context, tokenizer) if config.scorer else None
     data, seed, clock, summary = read(config, tokenizer), config.seed, pipeline.Clock(), {}

@@ -92,7 +92,7 @@ def run(config: Config, context: Context) -> dict:
     clock = pipeline.Clock()
     with clock("sft"):
         if start:
-            initial = folders.language_model(start, tokenizer, context.mesh)
+            initial = folders.language_model(start, tokenizer, context.mesh, context.compute)
         else:
             initial = pipeline.new_model(config.model, context, config.seed)
         policy, summary = pipeline.supervised(

@@ -49,7 +49,7 @@ from rlhf_jax.data import batches, builders, formats, schema, tokenizers
 from rlhf_jax.data.batches import Examples, Loader
 from rlhf_jax.evaluation import Evaluation, Exam
 from rlhf_jax.launch import Context, launch
-from rlhf_jax.models import huggingface
+from rlhf_jax.models import huggingface, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.training.state import OptimizerConfig
@@ -173,7 +173,7 @@ def run(config: Config, context: Context) -> dict:
     if context.data is None:
         raise ValueError("this experiment reads real data: name its folder by --data DIR")
     folder = context.data / "models" / "stories260K"
-    policy = huggingface.load(folder, context.mesh)
+    policy = transformer.computed_as(huggingface.load(folder, context.mesh), context.compute)
     pipeline.check(
         context,
         policy.config,

@@ -11,7 +11,7 @@ import jax
 from rlhf_jax.data import tokenizers
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import huggingface, lora, transformer
-from rlhf_jax.models.transformer import Model
+from rlhf_jax.models.transformer import Compute, Model
 
 
 class Pretrained(NamedTuple):
@@ -21,20 +21,29 @@ class Pretrained(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load(name: str | pathlib.Path, mesh: jax.sharding.Mesh | None = None) -> Pretrained:
+def load(
+    name: str | pathlib.Path,
+    mesh: jax.sharding.Mesh | None = None,
+    compute: Compute = transformer.AS_CONFIGURED,
+) -> Pretrained:
     """Reads a language model and its tokenizer from a folder, or from `org/name` on the hub.
 
     Raises ValueError as `language_model` does, and where the folder holds no tokenizer.
     """
     folder = huggingface.fetch(name)
     tokenizer = tokenizers.from_folder(folder)
-    return Pretrained(language_model(folder, tokenizer, mesh), tokenizer)
+    return Pretrained(language_model(folder, tokenizer, mesh, compute), tokenizer)
 
 
 def language_model(
-    name: str | pathlib.Path, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None = None
+    name: str | pathlib.Path,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh | None = None,
+    compute: Compute = transformer.AS_CONFIGURED,
 ) -> Model:
     """The language model of a folder, or of an `org/name` that is fetched from the hub.
+
+    `compute` says how it is computed; by default in float32.
 
     Raises ValueError for a reward model, and for a model whose vocabulary is smaller than the
     tokenizer's, because some tokens would then have no embedding.
@@ -43,7 +52,7 @@ def language_model(
     if "score" in model.weights:
         raise ValueError(f"{name}: a reward model, which writes no text; name a language model")
     tokenizers.check_vocab(tokenizer, model.config.vocab_size)
-    return model
+    return transformer.computed_as(model, compute)
 
 
 def export(

@@ -25,6 +25,7 @@ import tyro
 
 from rlhf_jax import sharding, workdir
 from rlhf_jax.config import Config
+from rlhf_jax.models.transformer import AS_CONFIGURED, Compute, Precision, Remat
 from rlhf_jax.training import report
 from rlhf_jax.training.metrics import Log, flat, plain
 from rlhf_jax.training.state import TrainingStopped
@@ -45,6 +46,7 @@ class Context(NamedTuple):
     log: Log  # of this run, writing to the workdir
     mesh: jax.sharding.Mesh
     data: Path | None  # the folder of real data; None where nobody named one
+    compute: Compute = AS_CONFIGURED  # how models are computed, where the command line says so
 
 
 def launch(
@@ -79,6 +81,7 @@ def launch(
 
 def _launch(run: Callable, flags) -> dict:
     config, experiment = flags.config, experiment_name(run)
+    compute = Compute(flags.dtype, flags.remat, flags.scan_layers)
     mesh = sharding.make_mesh(**_mesh_sizes(flags.mesh))
     data = _data_folder(flags.data)
     if flags.profile < 0:
@@ -86,7 +89,7 @@ def _launch(run: Callable, flags) -> dict:
     if flags.workdir is None and jax.process_count() > 1:
         raise ValueError("--workdir is missing: several processes need the same one; name it")
     folder = workdir.new_folder(experiment) if flags.workdir is None else flags.workdir
-    described = workdir.describe(experiment, config, data, folder)
+    described = workdir.describe(experiment, config, data, folder, flags.dtype)
     summary = workdir.compare(folder, described)
     log = Log(folder, profile_steps=flags.profile)
     if summary is not None:
@@ -97,7 +100,7 @@ def _launch(run: Callable, flags) -> dict:
                 workdir.begin(folder, described, mesh)
             log.print(f"{experiment}: {folder}")
             try:
-                summary = plain(run(config, Context(folder, log, mesh, data)))
+                summary = plain(run(config, Context(folder, log, mesh, data, compute)))
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(_how_to_continue(found.empty, folder, log)) from error
         if log.writes:
@@ -144,6 +147,9 @@ def _parse(config: Config, argv: list[str] | None):
         ("data", Path | None, None, "DIR", "folder of real data [default: $RLHF_JAX_DATA]"),
         ("mesh", str, "", "SIZES", f"such as {_mesh_example()} [default: all devices]"),
         ("profile", int, 0, "STEPS", "number of steps of each stage to trace to workdir/profile"),
+        ("dtype", Precision | None, None, None, "of matrix products [default: as configured]"),
+        ("remat", Remat | None, None, None, "what a backward pass recomputes to save memory"),
+        ("scan_layers", bool | None, None, None, "compile one layer and loop over it in training"),
     )
     taken = {name for name, *_ in own} | {"debug", "config"}
     for field in dataclasses.fields(config):

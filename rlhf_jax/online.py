@@ -97,10 +97,17 @@ class Config(config.Config):
         return self.num_iterations * self.num_epochs * self.num_minibatches
 
     def row_counts(self) -> dict[str, int]:
-        """The numbers of rows that must divide over a mesh: responses, not prompts."""
+        """The numbers of rows that must divide over a mesh: responses, not prompts.
+
+        Micro-batches too: with fewer rows than devices they save no memory and cost more time.
+        """
         name = "batch_size" if self.samples_per_prompt == 1 else "batch_size * samples_per_prompt"
         minibatch = self.num_responses // self.num_minibatches
-        return {name: self.num_responses, "minibatch_size": minibatch}
+        return {
+            name: self.num_responses,
+            "minibatch_size": minibatch,
+            "minibatch_size / micro_batches": minibatch // self.micro_batches,
+        }
 
     def optimizers(self) -> dict[str, training.OptimizerConfig]:
         """The optimizer of each network that may be trained."""
@@ -427,14 +434,15 @@ def run(
     drawing = Drawing(tokenizer.ends, choose, processors)
     with jax.set_mesh(mesh):
         trainable, bases = partition.partition(algorithm.networks(config, policy, critic))
-        frozen = sharding.place(mesh, {"reference": policy, "scorer": scorer, **bases})
-        state = sharding.initialise(mesh, init_state, config, algorithm.memory, trainable)
+        frozen = {"reference": policy, "scorer": scorer, **bases}
+        given, trained, frozen = loop.arrange(mesh, trainable, frozen)
+        state = sharding.initialise(mesh, init_state, config, algorithm.memory, trained)
         programs = compile_programs(algorithm, drawing, score, mesh, state, frozen)
         host_scores = functools.partial(host.scores, reward, tokenizer, prompts.examples)
         host_scores = host_scores if reward else None
 
         def figures(done: int, state: State) -> dict[str, float]:
-            return evaluate(done, partition.combine(frozen, state.train.trainable)["policy"])
+            return evaluate(done, loop.models_of(given, state.train)["policy"])
 
         state, history = loop.train(
             functools.partial(_iterate, config, programs, mesh, frozen, host_scores),
@@ -452,7 +460,7 @@ def run(
             observe=observe,
             evaluate=figures,
         )
-    return partition.combine(frozen, state.train.trainable), history
+    return loop.models_of(given, state.train), history
 
 
 def _check_inputs(name, config, mesh, prompts, scorer, score, reward) -> Score | None:

@@ -68,7 +68,7 @@ def check(
 
 def new_model(shape: transformer.Config, context: Context, seed: int) -> Model:
     """A model to be trained from scratch, sharded from the beginning."""
-    key = jax.random.key(seed)
+    key, shape = jax.random.key(seed), context.compute.of(shape)
     return sharding.initialise(context.mesh, transformer.init, shape, key, static_argnums=0)
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -90,12 +91,15 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def spec_for(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
+def spec_for(mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...]) -> P:
     """How the parameter of this path and shape is split, by `RULES`.
 
     A dimension that its mesh axis does not divide is not split. Scalars (step counts) are
-    replicated. Raises ValueError if no rule matches.
+    replicated. The leading axis of stacked layers is not split, the others are as in one layer.
+    Raises ValueError if no rule matches.
     """
+    if re.search(r"(^|/)layers/", name):
+        return P(None, *spec_for(mesh, name.replace("layers/", ""), shape[1:]))
     if not shape:
         return P()
     for pattern, spec in RULES:
@@ -116,6 +120,23 @@ def tree(mesh: Mesh, arrays):
         return NamedSharding(mesh, spec_for(mesh, path_name(path), tuple(np.shape(leaf))))
 
     return jax.tree.map_with_path(sharding, arrays)
+
+
+def with_leading_axis(array) -> NamedSharding | None:
+    """The sharding of several such arrays in one; None inside a program or without a mesh."""
+    where = _mesh_sharding(array)
+    return where and NamedSharding(where.mesh, P(None, *where.spec))
+
+
+def without_leading_axis(array) -> NamedSharding | None:
+    """The sharding of a slice of the leading axis; None inside a program or without a mesh."""
+    where = _mesh_sharding(array)
+    return where and NamedSharding(where.mesh, P(*where.spec[1:]))
+
+
+def _mesh_sharding(array) -> NamedSharding | None:
+    where = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
+    return where if isinstance(where, NamedSharding) else None
 
 
 def rows(mesh: Mesh) -> NamedSharding:
@@ -169,6 +190,23 @@ def constrain_rows(x, name: str = "rows"):
     )
 
 
+def constrain(params):
+    """Inside a program: the same parameters, or their gradients, split over devices by `RULES`.
+
+    A gradient that is constrained is reduced and scattered; otherwise every device may get all of
+    it. Without a mesh nothing changes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+    return jax.tree.map_with_path(
+        lambda path, x: jax.lax.with_sharding_constraint(
+            x, spec_for(mesh, path_name(path), x.shape)
+        ),
+        params,
+    )
+
+
 def constrain_heads(x):
     """Inside a program, [B, H, ...]: rows split over data and fsdp, heads over tensor.
 
@@ -181,13 +219,114 @@ def constrain_heads(x):
     return jax.lax.with_sharding_constraint(x, P(ROWS, heads, *(None,) * (x.ndim - 2)))
 
 
-def gather_width(table):
-    """Inside a program, [V, D]: vocabulary split over tensor, width gathered from fsdp.
+def for_decoding(params):
+    """Inside a program: parameters split over tensor and not over fsdp, as decoding reads them.
 
-    Without a mesh nothing changes.
+    A step of decoding multiplies few rows by every weight. Weights split over fsdp would be
+    gathered for each token; these are gathered once. Without a mesh nothing changes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return table
-    rows = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
-    return jax.lax.with_sharding_constraint(table, P(rows, None))
+        return params
+
+    def constrained(path, x):
+        spec = spec_for(mesh, path_name(path), x.shape)
+        spec = P(*(axis if axis == "tensor" else None for axis in spec))
+        return jax.lax.with_sharding_constraint(x, spec)
+
+    # First as they are, or a cast before this call might be moved behind the gathering.
+    return jax.tree.map_with_path(constrained, constrain(params))
+
+
+def constrain_vocabulary(x):
+    """Inside a program, [B, n, ...]: rows split over data and fsdp, axis n over tensor.
+
+    An n that the tensor axis does not divide is not split. Without a mesh nothing changes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    parts = "tensor" if x.shape[1] % mesh.shape["tensor"] == 0 else None
+    return jax.lax.with_sharding_constraint(x, P(ROWS, parts, *(None,) * (x.ndim - 2)))
+
+
+def take_part(parts, index):
+    """Inside a program: part `index` of each row, [B, n, ...], [B] -> [B, ...].
+
+    Parts that are split over tensor are not gathered for it: each device picks from its own, and
+    the picked parts are added up, all but one of which are 0.
+    """
+    index = index.reshape(-1, *(1,) * (parts.ndim - 1))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["tensor"] == 1:
+        return jnp.take_along_axis(parts, index, axis=1)[:, 0]
+    numbers = jax.lax.broadcasted_iota(index.dtype, parts.shape, 1)
+    return jnp.sum(jnp.where(numbers == index, parts, 0), axis=1, dtype=parts.dtype)
+
+
+def _divided(mesh: AbstractMesh, spec: P) -> list[str | None]:
+    """The axes of a spec; None for those of one device, over which nothing is to be exchanged."""
+    return [axis if axis and mesh.shape[axis] > 1 else None for axis in spec]
+
+
+def lookup(table, ids, dtype, name: str = "embed/embedding", decoding: bool = False):
+    """Inside a program: `table[ids].astype(dtype)`, [V, D], [B, T] -> [B, T, D].
+
+    `name` is the path of the table for `RULES`. The table stays where it is: each device looks up
+    its columns for the rows of all devices that share a row of the mesh, and then they exchange
+    activations. With `decoding` the table is split as `for_decoding` splits it. The gradient adds
+    up in the type of the table.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return table[ids].astype(dtype)
+    check_rows(mesh, rows=ids.shape[0])
+    vocabulary, width = _divided(mesh, spec_for(mesh, name, table.shape))
+    if decoding:
+        width = None
+
+    def on_shard(table, ids):
+        if width:
+            ids = jax.lax.all_gather(ids, width, axis=0, tiled=True)
+        if vocabulary:
+            ids = ids - jax.lax.axis_index(vocabulary) * table.shape[0]
+            here = (ids >= 0) & (ids < table.shape[0])
+            found = table[jnp.clip(ids, 0, table.shape[0] - 1)].astype(dtype)
+            found = jax.lax.psum(jnp.where(here[..., None], found, 0), vocabulary)
+        else:
+            found = table[ids].astype(dtype)
+        if width:
+            found = jax.lax.all_to_all(found, width, split_axis=0, concat_axis=2, tiled=True)
+        return found
+
+    return jax.shard_map(
+        on_shard, in_specs=(P(vocabulary, width), P(ROWS)), out_specs=P(ROWS), check_vma=False
+    )(table, ids)
+
+
+def over_vocabulary(fn: Callable, hidden, unembedding, tokens, *numbers):
+    """Inside a program: `fn(hidden, unembedding, tokens, *numbers, vocabulary=axis)` on each shard.
+
+    hidden [B, T, D], unembedding [D, V], tokens [B, T] -> arrays [B, T]. The function gets some of
+    the rows, all of the width (gathered once, so that no loop of `fn` gathers it again), and the
+    columns of one shard of the mesh axis `vocabulary`, or all columns with `vocabulary=None`. Its
+    results must be the same on all shards of that axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return fn(hidden, unembedding, tokens, *numbers, vocabulary=None)
+    check_rows(mesh, rows=tokens.shape[0])
+    width, vocabulary = _divided(mesh, spec_for(mesh, "head/kernel", unembedding.shape))
+
+    def on_shard(hidden, unembedding, tokens, *numbers):
+        unembedding = unembedding.astype(hidden.dtype)
+        if width:
+            unembedding = jax.lax.all_gather(unembedding, width, axis=0, tiled=True)
+        return fn(hidden, unembedding, tokens, *numbers, vocabulary=vocabulary)
+
+    return jax.shard_map(
+        on_shard,
+        in_specs=(P(ROWS), P(width, vocabulary), P(ROWS), *(P() for _ in numbers)),
+        out_specs=P(ROWS),
+        check_vma=False,
+    )(hidden, unembedding, tokens, *numbers)

@@ -46,10 +46,17 @@ def new_folder(experiment: str) -> Path:
     return folder
 
 
-def describe(experiment: str, config: Config, data: Path | None, folder: Path) -> dict:
-    """The part of config.json with which a later use of the folder must agree."""
+def describe(
+    experiment: str, config: Config, data: Path | None, folder: Path, dtype: str | None = None
+) -> dict:
+    """The part of config.json with which a later use of the folder must agree.
+
+    `dtype` is that of matrix products where the command line says so. How the layers are looped
+    over and what is computed again only changes roundings, and may change as the mesh may.
+    """
     return {
         "experiment": experiment,
+        "dtype": dtype,
         "config": plain(dataclasses.asdict(config)),
         "data": None if data is None else str(data.resolve()),
         "contents": _fingerprints(config, folder),
@@ -130,6 +137,7 @@ def _settings(run: dict, other: dict) -> dict:
     settings = flat(run["config"]) | {"experiment file": run["experiment"]}
     if run.get("data") and other.get("data"):  # an experiment that reads no data may be given some
         settings["data"] = run["data"]
+    settings["dtype"] = run.get("dtype")
     for name, fingerprint in run.get("contents", {}).items():
         if name in other.get("contents", {}):
             settings[f"contents of {name}"] = fingerprint

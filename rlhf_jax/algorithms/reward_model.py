@@ -67,7 +67,8 @@ def score_batch(scorer: Model, batch: Comparisons, micro_batches: int = 1) -> Fl
 
     # All responses of a prompt as one row, so that a slice of rows holds whole prompts.
     rows = (x.reshape(prompts, responses * length) for x in (batch.tokens, batch.attend))
-    scores = heads.map_rows(forward, micro_batches, *rows)
+    recompute = scorer.config.remat == "none"
+    scores = heads.map_rows(forward, micro_batches, *rows, recompute=recompute)
     return jnp.where(batch.present > 0, scores, 0.0)
 
 

@@ -44,7 +44,13 @@ def loss(config: Config, params: dict, batch: Demonstrations):
         hidden = transformer.hidden_states(policy, tokens, attend)
         return heads.token_logprobs(policy, hidden, tokens)
 
-    logprobs, entropy = heads.map_rows(forward, config.micro_batches, batch.tokens, batch.attend)
+    logprobs, entropy = heads.map_rows(
+        forward,
+        config.micro_batches,
+        batch.tokens,
+        batch.attend,
+        recompute=policy.config.remat == "none",
+    )
     value = losses.masked_mean(-logprobs, batch.mask)
     metrics = {
         "entropy": losses.masked_mean(entropy, batch.mask),

@@ -23,6 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax import config, sharding
 from rlhf_jax.models import layers, rope
 
+Precision = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
+
 
 class Config(config.Config):
     """Size and options of a transformer; the defaults are those of a small Llama.
@@ -61,7 +64,12 @@ class Config(config.Config):
     gated: bool = True  # the MLP is down(act(gate(x)) * up(x)), else down(act(up(x)))
     embed_scale: bool = False  # embeddings are multiplied by sqrt(d_model)
     tied: bool = False  # the language-model head is the transposed embedding
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Precision = "float32"  # of matrix products
+    # What the backward pass of a layer computes again, to save memory: nothing, all but the matrix
+    # products with kernels, or everything.
+    remat: Remat = "none"
+    # Training compiles one layer and loops over it (see `stacking`). None: on TPUs and GPUs.
+    scan_layers: bool | None = None
 
     def check(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -80,8 +88,33 @@ class Model:
 
     config: Config = dataclasses.field(metadata={"static": True})
     # Nested dictionaries: "embed", "layer_0", "layer_1", ... and "norm"; "head", the language-model
-    # head, unless it is tied; "score", the scalar head, in a reward model or critic.
+    # head, unless it is tied; "score", the scalar head, in a reward model or critic. In training
+    # the first layers may be stacked in "layers": see `stacking`.
     weights: Any
+
+
+class Compute(NamedTuple):
+    """How any model is computed, whatever its weights are: these fields of `Config`, or None.
+
+    None leaves a field as it is.
+    """
+
+    dtype: Precision | None = None
+    remat: Remat | None = None
+    scan_layers: bool | None = None
+
+    def of(self, shape: Config) -> Config:
+        """The configuration with these fields."""
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        return dataclasses.replace(shape, **given)
+
+
+AS_CONFIGURED = Compute()
+
+
+def computed_as(model: Model, compute: Compute) -> Model:
+    """The same weights under a configuration with the fields of `compute`."""
+    return dataclasses.replace(model, config=compute.of(model.config))
 
 
 class Cache(NamedTuple):
@@ -104,20 +137,22 @@ class Embed(nn.Module):
     """Token ids and positions [B, T] -> embeddings [B, T, D]."""
 
     config: Config
+    decoding: bool = False  # the table is that of `decoding.weights_for`
 
     @nn.compact
     def __call__(self, tokens, positions):
         c = self.config
         init = nn.initializers.normal(0.02)
         table = self.param("embedding", init, (c.vocab_size, c.d_model), jnp.float32)
-        # The result's rows are split over fsdp, so its width cannot be: gather the table instead.
-        x = sharding.gather_width(table.astype(c.dtype))[tokens]
+        x = sharding.lookup(table, tokens, c.dtype, decoding=self.decoding)
         if c.embed_scale:
             x = x * jnp.asarray(c.d_model**0.5, c.dtype)
         if c.positions == "learned":
             rows = (c.max_length + c.position_offset, c.d_model)
             table = self.param("positions", init, rows, jnp.float32)
-            x = x + sharding.gather_width(table.astype(c.dtype))[positions + c.position_offset]
+            at = positions + c.position_offset
+            name = "embed/positions"
+            x = x + sharding.lookup(table, at, c.dtype, name, decoding=self.decoding)
         return x
 
 
@@ -222,26 +257,86 @@ class Block(nn.Module):
         return sharding.constrain_rows(x), kv
 
 
-class Trunk(nn.Module):
-    """The transformer without its heads: token ids to final hidden states."""
+class Period(nn.Module):
+    """One repetition of the pattern of layers, which `Trunk` scans over."""
 
     config: Config
+    size: int  # number of layers
+
+    @nn.compact
+    def __call__(self, x, inputs):
+        for i in range(self.size):
+            windowed = is_windowed(self.config, i)
+            x, _ = Block(self.config, name=layer_name(i))(x, inputs[windowed])
+        return x, None
+
+
+class Trunk(nn.Module):
+    """The transformer without its heads: token ids to final hidden states.
+
+    The weights of the first layers may be stacked (`stacking`); these are then one compiled loop.
+    """
+
+    config: Config
+    repeats: int = 0  # repetitions of the pattern of layers that are stacked
+    decoding: bool = False  # keys and values are kept, and nothing is differentiated
 
     @nn.compact
     def __call__(self, tokens, positions, inputs, past=None, column=None):
         """[B, T] -> (hidden states [B, T, D], normalised; (keys, values) per layer).
 
         `inputs` is a pair of `AttentionInputs`: for layers without a window and for those with one.
+        Keys and values are those of the layers that are not stacked.
         """
-        c = self.config
-        x = sharding.constrain_rows(Embed(c, name="embed")(tokens, positions))
+        c, size = self.config, pattern(self.config)
+        x = sharding.constrain_rows(Embed(c, self.decoding, name="embed")(tokens, positions))
+        if self.repeats:
+            stack = nn.scan(
+                _rematerialised(c, Period, in_loop=True),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=self.repeats,
+            )
+            x, _ = stack(c, size, name=STACK)(x, inputs)
         kv = []
-        for i in range(c.num_layers):
+        block = Block if self.decoding else _rematerialised(c, Block)
+        for i in range(self.repeats * size, c.num_layers):
             layer_past = None if past is None else (past.keys[i], past.values[i])
-            windowed = c.window is not None and i not in c.full_layers
-            x, layer_kv = Block(c, name=f"layer_{i}")(x, inputs[windowed], layer_past, column)
+            layer = block(c, name=layer_name(i))
+            x, layer_kv = layer(x, inputs[is_windowed(c, i)], layer_past, column)
             kv.append(layer_kv)
         return _norm(c, "norm")(x), tuple(kv)
+
+
+STACK = "layers"  # the key of the stacked layers in the weights
+
+
+def layer_name(i: int) -> str:
+    """The key of a layer in the weights."""
+    return f"layer_{i}"
+
+
+def is_windowed(c: Config, i: int) -> bool:
+    """Whether the tokens of layer i attend to a window only."""
+    return c.window is not None and i not in c.full_layers
+
+
+def pattern(c: Config) -> int:
+    """Layers after which the kinds of layers repeat: 1 where all are alike, 2 in Gemma 2."""
+    kinds = [is_windowed(c, i) for i in range(c.num_layers)]
+    return next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[: len(kinds) - p])
+
+
+def _rematerialised(c: Config, module: type[nn.Module], in_loop: bool = False) -> type[nn.Module]:
+    """The module with what its backward pass computes again, as `Config.remat` says."""
+    if c.remat == "none":
+        return module
+    # Products with kernels are kept; those of attention, which have batch axes, are not.
+    dots = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+    policy = dots if c.remat == "dots" else jax.checkpoint_policies.nothing_saveable
+    # A loop keeps XLA from merging the second computation with the first.
+    return nn.remat(module, policy=policy, prevent_cse=not in_loop)
 
 
 def positions(attend: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -308,7 +403,9 @@ def hidden_states(
     if fixed is not None and width > fixed:
         lengths = jnp.sum(attend[:, :, None] == attend[:, None, :], axis=-1)
     inputs = _attention_inputs(c, at, _causal_mask(attend), lengths=lengths)
-    return Trunk(c).apply({"params": _trunk(model)}, tokens, at, inputs)[0]
+    trunk = _trunk(model)
+    repeats = jax.tree.leaves(trunk[STACK])[0].shape[0] if STACK in trunk else 0
+    return Trunk(c, repeats).apply({"params": trunk}, tokens, at, inputs)[0]
 
 
 def check_length(shape: Config, size: int) -> None:
@@ -340,7 +437,9 @@ def prefill(
     check_length(model.config, size)
     width, at = tokens.shape[1], positions(attend)
     inputs = _attention_inputs(model.config, at, _causal_mask(attend))
-    hidden, kv = Trunk(model.config).apply({"params": _trunk(model)}, tokens, at, inputs)
+    hidden, kv = Trunk(model.config, decoding=True).apply(
+        {"params": _trunk(model)}, tokens, at, inputs
+    )
 
     def grow(x):
         return jnp.pad(x, ((0, 0), (0, 0), (0, size - width), (0, 0)))
@@ -365,7 +464,7 @@ def decode(
         cache.attend, jnp.ones_like(cache.attend[:, :1]), cache.length, axis=1
     )
     inputs = _attention_inputs(c, at, (attend > 0)[:, None], cache.length)
-    hidden, kv = Trunk(c).apply(
+    hidden, kv = Trunk(c, decoding=True).apply(
         {"params": _trunk(model)}, tokens[:, None], at, inputs, cache, cache.length
     )
     keys, values = zip(*kv)

@@ -92,7 +92,8 @@ def forward(
             hidden = transformer.hidden_states(critic, tokens, attend)
         return Outputs(logprobs, heads.token_values(critic, hidden), entropy)
 
-    return heads.map_rows(of_rows, micro_batches, tokens, attend)
+    recompute = policy.config.remat == "none"
+    return heads.map_rows(of_rows, micro_batches, tokens, attend, recompute=recompute)
 
 
 def sample(

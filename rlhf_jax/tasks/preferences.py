@@ -77,7 +77,7 @@ def starting_model(config: Config, context: Context, tokenizer, rows: list, held
     tuned on `rows`, with its loss on `held_out`.
     """
     if config.start:
-        return folders.language_model(config.start, tokenizer, context.mesh), {}
+        return folders.language_model(config.start, tokenizer, context.mesh, context.compute), {}
     sizes = (tokenizer, config.max_prompt, config.max_response)
     answers = pipeline.Split(
         *(batches.demonstrations(part, *sizes, on_bad_row="drop") for part in (rows, held_out))

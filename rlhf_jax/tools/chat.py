@@ -34,6 +34,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.folders import Pretrained
 from rlhf_jax.launch import command
 from rlhf_jax.models import transformer
+from rlhf_jax.models.transformer import Compute, Precision
 from rlhf_jax.sampling import decode
 from rlhf_jax.sampling.decode import Sampling
 
@@ -43,7 +44,7 @@ CONTEXT = 16  # tokens at the end of the prompt that are decoded together with t
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
 
 
-def load(folder: pathlib.Path, sampling: Sampling) -> Pretrained:
+def load(folder: pathlib.Path, sampling: Sampling, dtype: Precision = "float32") -> Pretrained:
     """Reads a Hugging Face folder to sample from it.
 
     Raises ValueError for a folder without a language model, and where answers of
@@ -51,7 +52,7 @@ def load(folder: pathlib.Path, sampling: Sampling) -> Pretrained:
     """
     if (folder / "metrics.jsonl").is_file():
         raise ValueError(f"{folder}: the folder of a run; name the model folder that it exported")
-    pretrained = folders.load(folder)
+    pretrained = folders.load(folder, compute=Compute(dtype))
     longest = pretrained.model.config.max_length
     if sampling.max_new_tokens >= longest:
         raise ValueError(
@@ -203,6 +204,7 @@ def chat(
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = SAMPLING,
     seed: int = 0,
     system: str = "",
+    dtype: Precision = "float32",
 ) -> None:
     """Reads turns from the terminal, or lines from a pipe, and answers each of them.
 
@@ -210,8 +212,9 @@ def chat(
         model: Hugging Face folder
         seed: random seed; the same seed and the same turns give the same answers
         system: system message, placed before the first turn
+        dtype: type of matrix products
     """
-    pretrained = load(model, sampling)
+    pretrained = load(model, sampling, dtype)
     opening = [{"role": "system", "content": system}] if system else []
     messages, turn, terminal = list(opening), 0, sys.stdin.isatty()
     if terminal:

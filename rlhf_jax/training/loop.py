@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import config, sharding
 from rlhf_jax.config import Count, Whole
-from rlhf_jax.models import partition
+from rlhf_jax.models import partition, stacking
 from rlhf_jax.training import state as training
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.metrics import Display, Log
@@ -42,8 +42,14 @@ class Config(config.Config):
             )
 
     def row_counts(self) -> dict[str, int]:
-        """The numbers of rows that must divide over a mesh."""
-        return {"batch_size": self.batch_size}
+        """The numbers of rows that must divide over a mesh.
+
+        Micro-batches too: with fewer rows than devices they save no memory and cost more time.
+        """
+        return {
+            "batch_size": self.batch_size,
+            "batch_size / micro_batches": self.batch_size // self.micro_batches,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +160,8 @@ def fit(
         raise ValueError(f"{name!r} cannot be trained and frozen at once; rename one of the two")
     with jax.set_mesh(runtime.mesh):
         trainable, bases = partition.partition(models)
-        state = sharding.initialise(runtime.mesh, init_state, config, trainable)
-        frozen = sharding.place(runtime.mesh, {**bases, **(frozen or {})})
+        given, trained, frozen = arrange(runtime.mesh, trainable, {**bases, **(frozen or {})})
+        state = sharding.initialise(runtime.mesh, init_state, config, trained)
         program = supervised_program(loss_fn, runtime.mesh, state, frozen)
 
         def step(state, batch):
@@ -169,9 +175,30 @@ def fit(
             batches,
             Plan(name, display, config.num_steps, config.save_every, config.eval_every),
             runtime,
-            evaluate=lambda done, state: evaluate(done, partition.combine(frozen, state.trainable)),
+            evaluate=lambda done, state: evaluate(done, models_of(given, state)),
         )
-    return partition.combine(frozen, state.trainable), history
+    return models_of(given, state), history
+
+
+def arrange(mesh: jax.sharding.Mesh, trainable: dict, frozen: dict) -> tuple[dict, dict, dict]:
+    """Puts models onto the mesh as programs want them: (frozen as given, trainable, frozen).
+
+    The last two have stacked layers where training wants that. What is trained is float32, whatever
+    it was stored in: updates are often smaller than the spacing of bfloat16. The matrices of frozen
+    models have the type of their products, which halves their memory and changes no number.
+    """
+    given = sharding.place(mesh, frozen)
+    trainable = jax.tree.map(training.master, sharding.place(mesh, trainable))
+    return (
+        given,
+        stacking.stack_all(mesh, trainable),
+        stacking.stack_all(mesh, partition.in_compute_type(given)),
+    )
+
+
+def models_of(given: dict, state: TrainState) -> dict:
+    """All models with a name per layer, from the frozen ones as they were given and the state."""
+    return partition.combine(given, stacking.unstack_all(state.trainable))
 
 
 def supervised_program(loss_fn: Callable, mesh: jax.sharding.Mesh, state, frozen: dict) -> Callable:
