@@ -13,18 +13,23 @@ from jaxtyping import Array, Bool, Float
 from rlhf_jax import sharding
 
 Number = float | Array
-SHARDS = 8  # so many shards of the vocabulary, or a divisor of it, hold whole blocks
+SHARDS = 8  # so many shards of the vocabulary hold whole blocks, and so do 4 and 2
 
 
 def in_blocks(x: Float[Array, "B V"]) -> Float[Array, "B n W"]:
-    """The vocabulary in n blocks of W tokens, where n and W are about sqrt(V). 0 after the last.
+    """The vocabulary in n blocks of W tokens, where n and W are near sqrt(V). 0 after the last.
 
-    W is a power of two, and smaller than that where blocks would otherwise lie on two shards.
+    W divides V / 8, so that no block lies on two of up to eight shards. A vocabulary that 8 does
+    not divide is padded to blocks of a power of two.
     """
     size = x.shape[-1]
-    largest = (max(size - 1, 1).bit_length() + 1) // 2
-    widths = [1 << bits for bits in range(largest, -1, -1)]
-    width = next((w for w in widths if size % (SHARDS * w) == 0), widths[0])
+    if size % SHARDS:
+        width = 1 << (max(size - 1, 1).bit_length() + 1) // 2
+    else:
+        width = min(
+            (w for w in range(size // SHARDS, 0, -1) if size // SHARDS % w == 0),
+            key=lambda w: max(w * w / size, size / (w * w)),
+        )
     blocks = -(-size // width)
     padded = jnp.pad(x, ((0, 0), (0, blocks * width - size)))
     return sharding.constrain_vocabulary(padded.reshape(-1, blocks, width))
