@@ -18,10 +18,11 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from rlhf_jax import config, sharding
-from rlhf_jax.models import layers, rope
+from rlhf_jax.models import attention, layers, rope
+from rlhf_jax.models.attention import AttentionInputs
 
 
 class Config(config.Config):
@@ -93,13 +94,6 @@ class Cache(NamedTuple):
     length: Int[Array, ""]  # columns written so far; the same in all rows, padded on the left
 
 
-class AttentionInputs(NamedTuple):
-    """What attention needs besides the hidden states; computed once for many layers."""
-
-    rotary: tuple[Array, Array] | None  # cosines and sines of `rope.cos_sin`; None: no rotation
-    mask: Bool[Array, "B T S"]  # whether the token at T may attend to the one at S
-
-
 class Embed(nn.Module):
     """Token ids and positions [B, T] -> embeddings [B, T, D]."""
 
@@ -131,6 +125,7 @@ class Attention(nn.Module):
     """Grouped-query attention with the new tokens as queries."""
 
     config: Config
+    window: int | None  # tokens that each attends to, with itself; None: all
 
     @nn.compact
     def __call__(self, x, inputs, past=None, column=None):
@@ -158,18 +153,16 @@ class Attention(nn.Module):
             write = jax.lax.dynamic_update_slice_in_dim
             keys = write(past[0], keys, column, axis=2)
             values = write(past[1], values, column, axis=2)
-        query = query.reshape(batch, c.num_kv_heads, -1, c.head_dim)  # [B, K, G * T, Dh]
-        weights = layers.einsum("bkqd,bksd->bkqs", query, keys, preferred_element_type=jnp.float32)
-        weights = weights * (c.query_scalar or c.head_dim) ** -0.5
-        if c.attention_softcap is not None:
-            weights = c.attention_softcap * jnp.tanh(weights / c.attention_softcap)
-        weights = weights.reshape(batch, c.num_kv_heads, -1, length, keys.shape[2])
-        # Not -inf: a padding token, which attends to nothing, then gets an average and not NaN.
-        weights = jnp.where(inputs.mask[:, None, None], weights, -1e30)
-        weights = jax.nn.softmax(weights, axis=-1).astype(dtype)
-        weights = weights.reshape(batch, c.num_kv_heads, -1, keys.shape[2])
-        mixed = layers.einsum("bkqs,bksd->bkqd", weights, values)
-        mixed = mixed.reshape(batch, c.num_heads, length, c.head_dim).swapaxes(1, 2)
+        mixed = attention.attend(
+            query,
+            keys,
+            values,
+            inputs,
+            scale=(c.query_scalar or c.head_dim) ** -0.5,
+            softcap=c.attention_softcap,
+            window=self.window,
+        )
+        mixed = mixed.swapaxes(1, 2)
         mixed = mixed.reshape(batch, length, c.num_heads * c.head_dim)
         out = layers.Linear(c.d_model, dtype, _residual_scale(c), c.out_bias, name="out")
         return out(mixed), (keys, values)
@@ -206,6 +199,7 @@ class Block(nn.Module):
     """One layer: attention and MLP, each added to the hidden states that it reads."""
 
     config: Config
+    window: int | None  # that of its attention
 
     @nn.compact
     def __call__(self, x, inputs, past=None, column=None):
@@ -214,8 +208,8 @@ class Block(nn.Module):
         def post_norm(name, y):
             return _norm(c, name)(y) if c.post_norms else y
 
-        attention = Attention(c, name="attention")
-        mixed, kv = attention(_norm(c, "attention_norm")(x), inputs, past, column)
+        mix = Attention(c, self.window, name="attention")
+        mixed, kv = mix(_norm(c, "attention_norm")(x), inputs, past, column)
         mixed = x + post_norm("attention_post_norm", mixed)
         mlp_input = _norm(c, "mlp_norm")(x if c.parallel else mixed)
         x = mixed + post_norm("mlp_post_norm", MLP(c, name="mlp")(mlp_input))
@@ -239,7 +233,8 @@ class Trunk(nn.Module):
         for i in range(c.num_layers):
             layer_past = None if past is None else (past.keys[i], past.values[i])
             windowed = c.window is not None and i not in c.full_layers
-            x, layer_kv = Block(c, name=f"layer_{i}")(x, inputs[windowed], layer_past, column)
+            block = Block(c, c.window if windowed else None, name=f"layer_{i}")
+            x, layer_kv = block(x, inputs[windowed], layer_past, column)
             kv.append(layer_kv)
         return _norm(c, "norm")(x), tuple(kv)
 
@@ -252,19 +247,12 @@ def positions(attend: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
 
 
-def _causal_mask(attend):
-    """[B, T] -> [B, T, T]: a token attends to itself and to earlier ones of its own document."""
-    steps = jnp.arange(attend.shape[1])
-    same = (attend[:, :, None] == attend[:, None, :]) & (attend[:, None, :] > 0)
-    return same & (steps[:, None] >= steps[None, :])
-
-
-def _attention_inputs(c: Config, positions, mask, column=0, lengths=None):
+def _attention_inputs(c: Config, positions, documents, column=None, lengths=None):
     """`AttentionInputs` of layers without a window and of layers with one (None if there are none).
 
-    The new tokens stand in the columns from `column` on, at `positions` [B, T] of their documents;
-    `lengths` is as in `rope.cos_sin`. A window is counted in columns, which is the same as in
-    positions because the tokens of a document stand side by side.
+    `documents` [B, S] numbers the documents in the columns of the keys, `positions` [B, T] are
+    those of the new tokens, and `lengths` is as in `rope.cos_sin`. Without a `column` the new
+    tokens are all the keys; otherwise one stands there, after all others of its only document.
     """
 
     def rotary(scaling, base, lengths):
@@ -272,15 +260,19 @@ def _attention_inputs(c: Config, positions, mask, column=0, lengths=None):
             return None
         return rope.cos_sin(scaling, base, c.rotary_dim or c.head_dim, positions, lengths)
 
-    everything = AttentionInputs(rotary(c.rope_scaling, c.rope_base, lengths), mask)
+    def mask(window):
+        if column is None:
+            return None
+        near = (documents > 0)[:, None]
+        return near if window is None else near & (column - jnp.arange(near.shape[2]) < window)
+
+    angles = rotary(c.rope_scaling, c.rope_base, lengths)
+    everything = AttentionInputs(angles, documents, mask(None))
     if c.window is None:
         return everything, None
-    length, size = mask.shape[1:]
-    distance = column + jnp.arange(length)[:, None] - jnp.arange(size)
-    local = everything.rotary
     if c.local_rope_base is not None:
-        local = rotary(rope.Scaling(), c.local_rope_base, None)
-    return everything, AttentionInputs(local, mask & (distance < c.window))
+        angles = rotary(rope.Scaling(), c.local_rope_base, None)
+    return everything, AttentionInputs(angles, documents, mask(c.window))
 
 
 # The public functions are compiled, because a model that is run operation by operation takes many
@@ -307,7 +299,7 @@ def hidden_states(
     fixed = rope.fixed_up_to(c.rope_scaling)
     if fixed is not None and width > fixed:
         lengths = jnp.sum(attend[:, :, None] == attend[:, None, :], axis=-1)
-    inputs = _attention_inputs(c, at, _causal_mask(attend), lengths=lengths)
+    inputs = _attention_inputs(c, at, attend, lengths=lengths)
     return Trunk(c).apply({"params": _trunk(model)}, tokens, at, inputs)[0]
 
 
@@ -339,7 +331,7 @@ def prefill(
     """
     check_length(model.config, size)
     width, at = tokens.shape[1], positions(attend)
-    inputs = _attention_inputs(model.config, at, _causal_mask(attend))
+    inputs = _attention_inputs(model.config, at, attend)
     hidden, kv = Trunk(model.config).apply({"params": _trunk(model)}, tokens, at, inputs)
 
     def grow(x):
@@ -364,7 +356,7 @@ def decode(
     attend = jax.lax.dynamic_update_slice_in_dim(
         cache.attend, jnp.ones_like(cache.attend[:, :1]), cache.length, axis=1
     )
-    inputs = _attention_inputs(c, at, (attend > 0)[:, None], cache.length)
+    inputs = _attention_inputs(c, at, attend, cache.length)
     hidden, kv = Trunk(c).apply(
         {"params": _trunk(model)}, tokens[:, None], at, inputs, cache, cache.length
     )
@@ -395,7 +387,7 @@ def init(shape: Config, key: Array) -> Model:
     """A new language model, initialised from `key`; `sharding.initialise` makes it sharded."""
     trunk_key, head_key = jax.random.split(key)
     tokens = jnp.zeros((1, 1), jnp.int32)
-    inputs = _attention_inputs(shape, tokens, jnp.ones((1, 1, 1), bool))
+    inputs = _attention_inputs(shape, tokens, tokens)
     weights = Trunk(shape).init(trunk_key, tokens, tokens, inputs)["params"]
     if not shape.tied:
         scale = shape.d_model**-0.5
