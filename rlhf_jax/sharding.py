@@ -219,6 +219,45 @@ def constrain_heads(x):
     return jax.lax.with_sharding_constraint(x, P(ROWS, heads, *(None,) * (x.ndim - 2)))
 
 
+def platform() -> str:
+    """The kind of device that a program is compiled for: "cpu", "gpu" or "tpu".
+
+    It is that of the devices of the mesh in use, which need not be there: a program for a TPU can
+    be compiled on a machine without one. Without a mesh it is jax's default.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def per_shard(function: Callable, *arrays):
+    """Inside a program: `function(*arrays)`, run by each device on its own rows and heads.
+
+    Arrays are [B, H, ...] or, for all heads alike, [B, T]; the result is [B, H, ...]. Compilers
+    cannot split kernels, nor loops over rows, by themselves. Where the tensor axis does not divide
+    the heads of an array, but is a multiple of them, these are repeated, so that each device has
+    the one that its query heads share; otherwise every device computes all heads.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    size = mesh.shape["tensor"]
+    counts = [x.shape[1] for x in arrays if x.ndim > 2]
+    split = counts[0] % size == 0 and all(n % size == 0 or size % n == 0 for n in counts)
+
+    def repeated(x):
+        if x.ndim == 2 or not split or x.shape[1] % size == 0:
+            return x
+        return jnp.repeat(x, size // x.shape[1], axis=1)
+
+    heads = P(ROWS, "tensor" if split else None)
+    return jax.shard_map(
+        function,
+        in_specs=tuple(P(ROWS) if x.ndim == 2 else heads for x in arrays),
+        out_specs=heads,
+        check_vma=False,  # kernels do not say over which axes their results vary
+    )(*(repeated(x) for x in arrays))
+
+
 def for_decoding(params):
     """Inside a program: parameters split over tensor and not over fsdp, as decoding reads them.
 

@@ -18,10 +18,11 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from rlhf_jax import config, sharding
-from rlhf_jax.models import layers, rope
+from rlhf_jax.models import attention, layers, rope
+from rlhf_jax.models.attention import AttentionInputs
 
 Precision = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
@@ -117,22 +118,6 @@ def computed_as(model: Model, compute: Compute) -> Model:
     return dataclasses.replace(model, config=compute.of(model.config))
 
 
-class Cache(NamedTuple):
-    """The key-value cache: one buffer per layer, so that each is updated in place."""
-
-    keys: tuple[Array, ...]  # per layer [B, K, S, Dh]
-    values: tuple[Array, ...]  # per layer [B, K, S, Dh]
-    attend: Int[Array, "B S"]  # 1 in columns that hold a real token
-    length: Int[Array, ""]  # columns written so far; the same in all rows, padded on the left
-
-
-class AttentionInputs(NamedTuple):
-    """What attention needs besides the hidden states; computed once for many layers."""
-
-    rotary: tuple[Array, Array] | None  # cosines and sines of `rope.cos_sin`; None: no rotation
-    mask: Bool[Array, "B T S"]  # whether the token at T may attend to the one at S
-
-
 class Embed(nn.Module):
     """Token ids and positions [B, T] -> embeddings [B, T, D]."""
 
@@ -166,6 +151,7 @@ class Attention(nn.Module):
     """Grouped-query attention with the new tokens as queries."""
 
     config: Config
+    window: int | None  # tokens that each attends to, with itself; None: all
 
     @nn.compact
     def __call__(self, x, inputs, past=None, column=None):
@@ -193,18 +179,16 @@ class Attention(nn.Module):
             write = jax.lax.dynamic_update_slice_in_dim
             keys = write(past[0], keys, column, axis=2)
             values = write(past[1], values, column, axis=2)
-        query = query.reshape(batch, c.num_kv_heads, -1, c.head_dim)  # [B, K, G * T, Dh]
-        weights = layers.einsum("bkqd,bksd->bkqs", query, keys, preferred_element_type=jnp.float32)
-        weights = weights * (c.query_scalar or c.head_dim) ** -0.5
-        if c.attention_softcap is not None:
-            weights = c.attention_softcap * jnp.tanh(weights / c.attention_softcap)
-        weights = weights.reshape(batch, c.num_kv_heads, -1, length, keys.shape[2])
-        # Not -inf: a padding token, which attends to nothing, then gets an average and not NaN.
-        weights = jnp.where(inputs.mask[:, None, None], weights, -1e30)
-        weights = jax.nn.softmax(weights, axis=-1).astype(dtype)
-        weights = weights.reshape(batch, c.num_kv_heads, -1, keys.shape[2])
-        mixed = layers.einsum("bkqs,bksd->bkqd", weights, values)
-        mixed = mixed.reshape(batch, c.num_heads, length, c.head_dim).swapaxes(1, 2)
+        mixed = attention.attend(
+            query,
+            keys,
+            values,
+            inputs,
+            scale=(c.query_scalar or c.head_dim) ** -0.5,
+            softcap=c.attention_softcap,
+            window=self.window,
+        )
+        mixed = mixed.swapaxes(1, 2)
         mixed = mixed.reshape(batch, length, c.num_heads * c.head_dim)
         out = layers.Linear(c.d_model, dtype, _residual_scale(c), c.out_bias, name="out")
         return out(mixed), (keys, values)
@@ -241,6 +225,7 @@ class Block(nn.Module):
     """One layer: attention and MLP, each added to the hidden states that it reads."""
 
     config: Config
+    window: int | None  # that of its attention
 
     @nn.compact
     def __call__(self, x, inputs, past=None, column=None):
@@ -249,8 +234,8 @@ class Block(nn.Module):
         def post_norm(name, y):
             return _norm(c, name)(y) if c.post_norms else y
 
-        attention = Attention(c, name="attention")
-        mixed, kv = attention(_norm(c, "attention_norm")(x), inputs, past, column)
+        mix = Attention(c, self.window, name="attention")
+        mixed, kv = mix(_norm(c, "attention_norm")(x), inputs, past, column)
         mixed = x + post_norm("attention_post_norm", mixed)
         mlp_input = _norm(c, "mlp_norm")(x if c.parallel else mixed)
         x = mixed + post_norm("mlp_post_norm", MLP(c, name="mlp")(mlp_input))
@@ -266,8 +251,8 @@ class Period(nn.Module):
     @nn.compact
     def __call__(self, x, inputs):
         for i in range(self.size):
-            windowed = is_windowed(self.config, i)
-            x, _ = Block(self.config, name=layer_name(i))(x, inputs[windowed])
+            window = window_of(self.config, i)
+            x, _ = Block(self.config, window, name=layer_name(i))(x, inputs[window is not None])
         return x, None
 
 
@@ -303,8 +288,9 @@ class Trunk(nn.Module):
         block = Block if self.decoding else _rematerialised(c, Block)
         for i in range(self.repeats * size, c.num_layers):
             layer_past = None if past is None else (past.keys[i], past.values[i])
-            layer = block(c, name=layer_name(i))
-            x, layer_kv = layer(x, inputs[is_windowed(c, i)], layer_past, column)
+            window = window_of(c, i)
+            layer = block(c, window, name=layer_name(i))
+            x, layer_kv = layer(x, inputs[window is not None], layer_past, column)
             kv.append(layer_kv)
         return _norm(c, "norm")(x), tuple(kv)
 
@@ -317,14 +303,14 @@ def layer_name(i: int) -> str:
     return f"layer_{i}"
 
 
-def is_windowed(c: Config, i: int) -> bool:
-    """Whether the tokens of layer i attend to a window only."""
-    return c.window is not None and i not in c.full_layers
+def window_of(c: Config, i: int) -> int | None:
+    """The window of layer i; None where its tokens attend to everything before them."""
+    return None if i in c.full_layers else c.window
 
 
 def pattern(c: Config) -> int:
     """Layers after which the kinds of layers repeat: 1 where all are alike, 2 in Gemma 2."""
-    kinds = [is_windowed(c, i) for i in range(c.num_layers)]
+    kinds = [window_of(c, i) for i in range(c.num_layers)]
     return next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[: len(kinds) - p])
 
 
@@ -347,19 +333,12 @@ def positions(attend: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
 
 
-def _causal_mask(attend):
-    """[B, T] -> [B, T, T]: a token attends to itself and to earlier ones of its own document."""
-    steps = jnp.arange(attend.shape[1])
-    same = (attend[:, :, None] == attend[:, None, :]) & (attend[:, None, :] > 0)
-    return same & (steps[:, None] >= steps[None, :])
-
-
-def _attention_inputs(c: Config, positions, mask, column=0, lengths=None):
+def attention_inputs(c: Config, positions, documents, column=None, lengths=None):
     """`AttentionInputs` of layers without a window and of layers with one (None if there are none).
 
-    The new tokens stand in the columns from `column` on, at `positions` [B, T] of their documents;
-    `lengths` is as in `rope.cos_sin`. A window is counted in columns, which is the same as in
-    positions because the tokens of a document stand side by side.
+    `documents` [B, S] numbers the documents in the columns of the keys, `positions` [B, T] are
+    those of the new tokens, and `lengths` is as in `rope.cos_sin`. Without a `column` the new
+    tokens are all the keys; otherwise one stands there, after all others of its only document.
     """
 
     def rotary(scaling, base, lengths):
@@ -367,15 +346,19 @@ def _attention_inputs(c: Config, positions, mask, column=0, lengths=None):
             return None
         return rope.cos_sin(scaling, base, c.rotary_dim or c.head_dim, positions, lengths)
 
-    everything = AttentionInputs(rotary(c.rope_scaling, c.rope_base, lengths), mask)
+    def mask(window):
+        if column is None:
+            return None
+        near = (documents > 0)[:, None]
+        return near if window is None else near & (column - jnp.arange(near.shape[2]) < window)
+
+    angles = rotary(c.rope_scaling, c.rope_base, lengths)
+    everything = AttentionInputs(angles, documents, mask(None))
     if c.window is None:
         return everything, None
-    length, size = mask.shape[1:]
-    distance = column + jnp.arange(length)[:, None] - jnp.arange(size)
-    local = everything.rotary
     if c.local_rope_base is not None:
-        local = rotary(rope.Scaling(), c.local_rope_base, None)
-    return everything, AttentionInputs(local, mask & (distance < c.window))
+        angles = rotary(rope.Scaling(), c.local_rope_base, None)
+    return everything, AttentionInputs(angles, documents, mask(c.window))
 
 
 # The public functions are compiled, because a model that is run operation by operation takes many
@@ -402,8 +385,8 @@ def hidden_states(
     fixed = rope.fixed_up_to(c.rope_scaling)
     if fixed is not None and width > fixed:
         lengths = jnp.sum(attend[:, :, None] == attend[:, None, :], axis=-1)
-    inputs = _attention_inputs(c, at, _causal_mask(attend), lengths=lengths)
-    trunk = _trunk(model)
+    inputs = attention_inputs(c, at, attend, lengths=lengths)
+    trunk = trunk_weights(model)
     repeats = jax.tree.leaves(trunk[STACK])[0].shape[0] if STACK in trunk else 0
     return Trunk(c, repeats).apply({"params": trunk}, tokens, at, inputs)[0]
 
@@ -425,52 +408,6 @@ def check_length(shape: Config, size: int) -> None:
         )
 
 
-@functools.partial(jit, static_argnames="size")
-def prefill(
-    model: Model, tokens: Int[Array, "B P"], attend: Int[Array, "B P"], size: int
-) -> tuple[Float[Array, "B D"], Cache]:
-    """Reads prompts, padded on the left: (hidden state of their last token, key-value cache).
-
-    The cache has `size` columns: the width of the prompts plus the longest response.
-    Raises ValueError if that is too long for the model (`check_length`).
-    """
-    check_length(model.config, size)
-    width, at = tokens.shape[1], positions(attend)
-    inputs = _attention_inputs(model.config, at, _causal_mask(attend))
-    hidden, kv = Trunk(model.config, decoding=True).apply(
-        {"params": _trunk(model)}, tokens, at, inputs
-    )
-
-    def grow(x):
-        return jnp.pad(x, ((0, 0), (0, 0), (0, size - width), (0, 0)))
-
-    cache = Cache(
-        keys=tuple(grow(keys) for keys, _ in kv),
-        values=tuple(grow(values) for _, values in kv),
-        attend=jnp.pad(attend, ((0, 0), (0, size - width))),
-        length=jnp.int32(width),
-    )
-    return hidden[:, -1], cache
-
-
-@jit
-def decode(
-    model: Model, cache: Cache, tokens: Int[Array, " B"]
-) -> tuple[Float[Array, "B D"], Cache]:
-    """Appends one token to every row: (its hidden state, the cache with it)."""
-    c = model.config
-    at = jnp.sum(cache.attend > 0, axis=1)[:, None]
-    attend = jax.lax.dynamic_update_slice_in_dim(
-        cache.attend, jnp.ones_like(cache.attend[:, :1]), cache.length, axis=1
-    )
-    inputs = _attention_inputs(c, at, (attend > 0)[:, None], cache.length)
-    hidden, kv = Trunk(c, decoding=True).apply(
-        {"params": _trunk(model)}, tokens[:, None], at, inputs, cache, cache.length
-    )
-    keys, values = zip(*kv)
-    return hidden[:, 0], Cache(keys, values, attend, cache.length + 1)
-
-
 def unembedding(model: Model) -> Float[Array, "D V"]:
     """The language-model head: its own kernel, or the transposed embedding where it is tied."""
     if model.config.tied:
@@ -486,7 +423,8 @@ def logits(model: Model, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
     return out if cap is None else cap * jnp.tanh(out / cap)
 
 
-def _trunk(model):
+def trunk_weights(model: Model) -> dict:
+    """The weights that `Trunk` reads: all but those of the heads."""
     return {k: v for k, v in model.weights.items() if k not in ("head", "score")}
 
 
@@ -494,7 +432,7 @@ def init(shape: Config, key: Array) -> Model:
     """A new language model, initialised from `key`; `sharding.initialise` makes it sharded."""
     trunk_key, head_key = jax.random.split(key)
     tokens = jnp.zeros((1, 1), jnp.int32)
-    inputs = _attention_inputs(shape, tokens, jnp.ones((1, 1, 1), bool))
+    inputs = attention_inputs(shape, tokens, tokens)
     weights = Trunk(shape).init(trunk_key, tokens, tokens, inputs)["params"]
     if not shape.tied:
         scale = shape.d_model**-0.5

@@ -355,10 +355,10 @@ def sample(
         )
     longest = sampling.max_new_tokens
     model = decoding.weights_for(model)
-    hidden, cache = transformer.prefill(model, prompts, attend, prompts.shape[1] + longest)
+    hidden, cache = decoding.prefill(model, prompts, attend, prompts.shape[1] + longest)
 
     def step(cache, token):
-        hidden, cache = transformer.decode(model, cache, token)
+        hidden, cache = decoding.decode(model, cache, token)
         return transformer.logits(model, hidden), cache
 
     def process(logits, tokens, count):

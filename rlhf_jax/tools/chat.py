@@ -33,7 +33,7 @@ from rlhf_jax.data.schema import Message
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.folders import Pretrained
 from rlhf_jax.launch import command
-from rlhf_jax.models import transformer
+from rlhf_jax.models import decoding, transformer
 from rlhf_jax.models.transformer import Compute, Precision
 from rlhf_jax.sampling import decode
 from rlhf_jax.sampling.decode import Sampling
@@ -104,14 +104,14 @@ def padded(
 @functools.partial(jax.jit, static_argnames=("size",))
 def _first_token(model, tokens, attend, key, sampling, *, size):
     """Reads the prompt into a key-value cache of `size` positions and draws the first token."""
-    hidden, cache = transformer.prefill(model, tokens, attend, size)
+    hidden, cache = decoding.prefill(model, tokens, attend, size)
     return _draw(model, hidden, key, 0, sampling), cache
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
 def _next_token(model, cache, token, key, position, sampling):
     """Appends a token to the cache and draws the one after it."""
-    hidden, cache = transformer.decode(model, cache, token)
+    hidden, cache = decoding.decode(model, cache, token)
     return _draw(model, hidden, key, position, sampling), cache
 
 
