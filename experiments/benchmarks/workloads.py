@@ -85,13 +85,17 @@ class Work(NamedTuple):
 
 
 class Task(NamedTuple):
-    """`step(state) -> state` runs one step; `programs` are its jitted functions and arguments."""
+    """`step(state) -> state` runs one step; `programs` are its jitted functions and arguments.
+
+    trained: the models whose gradients a step holds, as shapes.
+    """
 
     state: Any
     step: Callable[[Any], Any]
     programs: tuple[tuple[Any, tuple], ...]
     tokens: int
     work: Work
+    trained: Any
 
 
 # ------------------------------------------------------------------------------ the lower bounds
@@ -178,7 +182,10 @@ def _supervised(mesh, config, loss_fn, models, batch, tokens, work):
     step = loop.supervised_program(loss_fn, mesh, state, {})
     batch = sharding.put_rows(mesh, batch)
     programs = ((step, (config, state, {}, batch)),)
-    return Task(state, lambda state: step(config, state, {}, batch)[0], programs, tokens, work)
+    trained = jax.eval_shape(lambda: models)
+    return Task(
+        state, lambda state: step(config, state, {}, batch)[0], programs, tokens, work, trained
+    )
 
 
 def make_sft(config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
@@ -244,7 +251,7 @@ def make_sampling(config: Workload, mesh: jax.sharding.Mesh, policy: transformer
 
     tokens = config.batch * config.response
     programs = ((sample, (policy, prompts, start)),)
-    return Task((None, start), step, programs, tokens, sampling_work(config))
+    return Task((None, start), step, programs, tokens, sampling_work(config), trained=())
 
 
 def make_ppo(
@@ -282,7 +289,7 @@ def make_ppo(
     )
     tokens = config.batch * (config.prompt + config.response)
     work = ppo_work(config, networks["policy"], networks.get("critic"))
-    return Task(state, iterate, programs, tokens, work)
+    return Task(state, iterate, programs, tokens, work, jax.eval_shape(lambda: networks))
 
 
 MAKERS = {
@@ -312,7 +319,7 @@ class Compiled(NamedTuple):
 
     seconds: float  # of tracing, lowering and compiling all of them
     peak: float  # bytes: arguments + temporaries + outputs - aliased, of the largest program
-    temporaries: float  # bytes, of the largest program
+    temporaries: float  # bytes, of the program with the most
 
 
 def compile_programs(task: Task) -> Compiled:
