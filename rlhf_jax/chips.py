@@ -21,17 +21,22 @@ class Chip(NamedTuple):
     """The peak figures of one device."""
 
     flops: float  # per second, dense bfloat16 products
-    memory: float  # bytes
+    hbm: float  # bytes of its memory
     bandwidth: float  # bytes per second between the device and its memory
     source: str
 
 
 GIB = 2**30
-_H100 = "NVIDIA H100 datasheet (the figures with sparsity halved)"
-_H200 = "NVIDIA H200 datasheet (the figures with sparsity halved)"
-_A100 = "NVIDIA A100 datasheet"
+_TPU = "Google Cloud TPU documentation, page of the chip; hbm: what libtpu 0.0.42 says is available"
+_H100 = "NVIDIA H100 data sheet, figures with sparsity halved"
+_H200 = "NVIDIA H200 data sheet, figures with sparsity halved"
+_A100 = "NVIDIA A100 data sheet"
 # The keys begin as `Device.device_kind` does; the longest that fits counts.
 CHIPS = {
+    "TPU v4": Chip(275e12, 30.75 * GIB, 1.2e12, _TPU),
+    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 0.819e12, _TPU),
+    "TPU v5": Chip(459e12, 95.74 * GIB, 2.765e12, _TPU),
+    "TPU v6 lite": Chip(918e12, 31.25 * GIB, 1.64e12, _TPU),
     "NVIDIA H100": Chip(989.5e12, 80e9, 3.35e12, _H100),
     "NVIDIA H100 PCIe": Chip(756.5e12, 80e9, 2.0e12, _H100),
     "NVIDIA H100 NVL": Chip(835.5e12, 94e9, 3.9e12, _H100),

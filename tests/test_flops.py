@@ -136,6 +136,7 @@ class Device:
 def test_a_device_is_found_by_the_longest_kind_that_its_name_begins_with(no_shape_checks):
     assert chips.find("NVIDIA H100 80GB HBM3").flops == 989.5e12
     assert chips.find("NVIDIA H100 PCIe").flops == 756.5e12
+    assert chips.find("TPU v5 lite").flops == 197e12 and chips.find("TPU v5p").flops == 459e12
     assert chips.find("a new chip") is None
     assert chips.peak_flops([Device(0), Device(0)]) == 2 * 989.5e12
 
