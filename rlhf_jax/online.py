@@ -31,7 +31,7 @@ from rlhf_jax.config import Count, Positive, Whole, explained_tracing
 from rlhf_jax.data import loader
 from rlhf_jax.data.batches import Loader, Prompts
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.models import partition
+from rlhf_jax.models import flops, partition
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import host, learned
 from rlhf_jax.sampling import decode
@@ -320,6 +320,9 @@ def update(
         "bad_step": train.bad_step,
         "lr": rate,
         "episode": (state.iteration + 1) * rollout.tokens.shape[0],
+        "model_flops": flops.of_iteration(
+            state.train.trainable, frozen, rollout.attend, rollout.mask, config.num_epochs
+        ),
     }
     new = State(train, state.iteration + 1, memory)
     old = state._replace(train=train)  # gradient_step has kept the last good parameters

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import config, sharding
 from rlhf_jax.config import Count, Whole
-from rlhf_jax.models import partition, stacking
+from rlhf_jax.models import flops, partition, stacking
 from rlhf_jax.training import state as training
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.metrics import Display, Log
@@ -112,7 +112,14 @@ def train(
     if start:
         state = checkpoints.restore(state)
     total = plan.num_steps
-    log = runtime.log.stage(plan.name, total, start=start, check=check, display=plan.display)
+    log = runtime.log.stage(
+        plan.name,
+        total,
+        start=start,
+        check=check,
+        display=plan.display,
+        devices=list(runtime.mesh.devices.flat),
+    )
     with log as stage:
         for i, batch in zip(range(start, total), batches.from_position(start)):
             state, outcome = step(state, batch)
@@ -236,8 +243,10 @@ def update(loss_fn: Callable, config: Config, state: TrainState, frozen: dict, b
 
 
 def _step(loss_fn: Callable, config: Config, state: TrainState, frozen: dict, batch: Any):
-    """`update`, and the real tokens of the batch."""
-    return *update(loss_fn, config, state, frozen, batch), jnp.sum(batch.attend > 0)
+    """`update`, with the model FLOPs among its metrics, and the real tokens of the batch."""
+    work = flops.of_update(state.trainable, frozen, batch.attend)
+    state, metrics = update(loss_fn, config, state, frozen, batch)
+    return state, {**metrics, "model_flops": work}, jnp.sum(batch.attend > 0)
 
 
 def check_batch_size(batch_size: int, batches: Any) -> None:

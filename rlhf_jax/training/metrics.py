@@ -19,7 +19,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -29,7 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_jax.training.progress import Progress, Speed
+from rlhf_jax import chips
+from rlhf_jax.training.progress import Progress
+from rlhf_jax.training.speed import Speed
 
 Check = Callable[[int, dict[str, float]], None]
 
@@ -73,15 +75,17 @@ class Log:
         start: int = 0,
         check: Check | None = None,
         display: Display | None = None,
+        devices: Sequence[jax.Device] = (),
     ) -> Stage:
         """One stage of `total` steps, of which `start` are done; use it in a `with` statement.
 
         Steps of this stage from `start` on that an earlier process wrote are removed from
         metrics.jsonl, and TensorBoard is told to hide them, because they will be run again.
         `check(step, floats)` sees the converted metrics of every step and may raise. Without a
-        `display` the console and the report show the metrics by their names.
+        `display` the console and the report show the metrics by their names. `devices` are those
+        that the steps run on; they are what speed and memory are measured of.
         """
-        return Stage(self, name, total, start, check, display)
+        return Stage(self, name, total, start, check, display, devices)
 
     def samples(self, stage: str, step: int, rows: list[dict[str, str | float | int]]) -> None:
         """Writes texts to samples.jsonl, in place of those that this stage and step had before.
@@ -126,11 +130,12 @@ class Stage:
         start: int,
         check: Check | None,
         display: Display | None,
+        devices: Sequence[jax.Device],
     ):
         self.name = name
         self.history: list[dict[str, float]] = []
         self._log, self._total, self._start, self._check = log, total, start, check
-        self._display = display
+        self._display, self._devices = display, devices
         self._pending: tuple | None = None
         self._written = 0
         self._tracing = False
@@ -150,7 +155,8 @@ class Stage:
             )
         headline = None if self._display is None else self._display.headline
         self._progress = Progress(log.console, self.name, self._total, self._start, headline)
-        self._speed = Speed(time.perf_counter())
+        peak = chips.peak_flops(self._devices) if self._devices else None  # may have to measure it
+        self._speed = Speed(time.perf_counter(), self._devices, peak)
         return self
 
     def write(
@@ -163,8 +169,9 @@ class Stage:
         """Takes the scalars of one step and converts those of the step before.
 
         `metrics` are scalars, on the device or not. `tokens` counts the real tokens that the step
-        processed, on all hosts together and without padding; it becomes the metric
-        `tokens_per_second` of every step but the first. `more` is called when this step is
+        processed, on all hosts together and without padding. Every step but the first is given the
+        metrics of `Speed.add`: `tokens_per_second`, and from a metric called `model_flops` the
+        `model_flops_utilisation` of the stage's devices. `more` is called when this step is
         converted (at the next write, or at `flush`) and returns further scalars: what is measured
         on the host, such as `more=lambda: observe(rollout)`, then does not keep the device waiting.
 
@@ -215,9 +222,8 @@ class Stage:
         if more is not None:
             values |= more()
         floats = {name: self._scalar(name, value) for name, value in values.items()}
-        rate = self._speed.add(time.perf_counter(), float(tokens))
-        if rate is not None:
-            floats["tokens_per_second"] = rate
+        flops = floats.get("model_flops", 0.0)
+        floats |= self._speed.add(time.perf_counter(), float(tokens), flops)
         seconds = round(self._seconds_before + self._speed.seconds, 3)
         self.history.append({"step": step, "seconds": seconds, **floats})
         if self._file is not None:
