@@ -24,12 +24,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
+
+from rlhf_jax import abstract, evaluation, pipeline
 from rlhf_jax import config as configuration
-from rlhf_jax import evaluation, pipeline
+from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.config import Count, Whole
 from rlhf_jax.data import batches, builders, tokenizers
 from rlhf_jax.data.batches import Loader
+from rlhf_jax.data.records import Ends
 from rlhf_jax.launch import Context, launch
 from rlhf_jax.models import transformer
 from rlhf_jax.sampling import Sampling
@@ -37,6 +41,7 @@ from rlhf_jax.tasks import reviews
 from rlhf_jax.training.state import OptimizerConfig
 
 MAX_PROMPT, MAX_RESPONSE = 12, 40
+ENDS = Ends(eos_ids=(1,), pad_id=0)  # of `tokenizers.train_bpe`
 
 
 class Config(configuration.Config):
@@ -173,10 +178,36 @@ def run(config: Config, context: Context) -> dict:
     return summary | {"seconds": clock.seconds}
 
 
+def programs(config: Config, mesh: jax.sharding.Mesh) -> list[Program]:
+    """What `run` runs: see `abstract`. The new model stays where it is until the end."""
+    length = MAX_PROMPT + MAX_RESPONSE
+    initial = abstract.model(config.model, mesh)
+    tuned = sft.programs(config.sft, initial, length, mesh)
+    policy, rows = tuned.result, config.reward_model.batch_size
+    ranked = reward_model.programs(
+        config.reward_model,
+        policy,
+        length,
+        mesh,
+        centred_on=abstract.demonstrations(mesh, rows, length),
+        resident=initial,
+    )
+    scorer = ranked.result
+    aligned = ppo.programs(
+        config.ppo, policy, scorer, scorer, MAX_PROMPT, ENDS, mesh, resident=initial
+    )
+    batch = abstract.prompts(mesh, config.ppo.batch_size, MAX_PROMPT)
+    held = (initial, aligned.held if config.ppo.eval_every else ())
+    answers = evaluation.program(
+        aligned.result, policy, scorer, config.ppo.sampling, batch, ENDS, mesh, resident=held
+    )
+    return [*tuned.programs, *ranked.programs, *aligned.programs, answers]
+
+
 def share(condition: Callable[[str], bool], texts: list[str]) -> float:
     """The share of texts for which a condition holds."""
     return sum(map(condition, texts)) / len(texts)
 
 
 if __name__ == "__main__":
-    launch(run, config)
+    launch(run, config, programs=programs)

@@ -25,10 +25,12 @@ The folder `export` in the workdir can be read by transformers and by `own_data.
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 
+from rlhf_jax import abstract, folders, pipeline
 from rlhf_jax import config as configuration
-from rlhf_jax import folders, pipeline
+from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import sft
 from rlhf_jax.config import Count, Share, Whole
 from rlhf_jax.data import batches, builders, mixing
@@ -115,5 +117,11 @@ def run(config: Config, context: Context) -> dict:
     }
 
 
+def programs(config: Config, mesh: jax.sharding.Mesh) -> list[Program]:
+    """What `run` runs: see `abstract`."""
+    initial = abstract.model(preferences.planned_shape(config), mesh)
+    return sft.programs(config.sft, initial, config.max_prompt + config.max_response, mesh).programs
+
+
 if __name__ == "__main__":
-    launch(run, config)
+    launch(run, config, programs=programs)

@@ -2,7 +2,7 @@
 
     config = pipeline.Config(...)
     if __name__ == "__main__":
-        launch(pipeline.run, config)
+        launch(pipeline.run, config, programs=programs)
 
 `command` is for tools that train nothing: flags and errors only. What a workdir holds, and what is
 allowed when it is used again, is in `workdir`. The exit codes are those of `Exit`.
@@ -23,7 +23,8 @@ from typing import Annotated, NamedTuple, NoReturn
 import jax
 import tyro
 
-from rlhf_jax import sharding, workdir
+from rlhf_jax import plan, sharding, workdir
+from rlhf_jax.abstract import Program
 from rlhf_jax.config import Config
 from rlhf_jax.models.transformer import AS_CONFIGURED, Compute, Precision, Remat
 from rlhf_jax.training import report
@@ -36,6 +37,7 @@ class Exit(enum.IntEnum):
 
     BAD_INPUT = 2  # a wrong flag (tyro's own exit code), value, file or row
     TRAINING_STOPPED = 3  # a non-finite loss or gradient, or a numeric check that failed
+    DOES_NOT_FIT = 4  # what `--plan` compiled needs more memory than a chip has
     INTERRUPTED = 130  # by ctrl-C: 128 + SIGINT, as in shells
 
 
@@ -50,7 +52,11 @@ class Context(NamedTuple):
 
 
 def launch(
-    run: Callable[[Config, Context], dict], config: Config, argv: list[str] | None = None
+    run: Callable[[Config, Context], dict],
+    config: Config,
+    argv: list[str] | None = None,
+    *,
+    programs: Callable[[Config, jax.sharding.Mesh], list[Program]] | None = None,
 ) -> dict:
     """Calls `run` with the configuration that the command line asks for; returns its summary.
 
@@ -60,6 +66,10 @@ def launch(
     with more iterations, `run` is called again and continues from its checkpoints. Any other change
     is refused (see `workdir`).
 
+    With `--plan v5e:4x4` nothing is run or written. The programs of the experiment, which
+    `programs(config, mesh)` lists with the shapes that `run` calls them with, are compiled for that
+    slice and what they need is printed (see `plan`); the summary is then {}.
+
     On an error it prints one line to stderr, with `--debug` the traceback too, and exits
     (SystemExit) with a code of `Exit`.
     """
@@ -68,7 +78,7 @@ def launch(
     except ValueError as error:  # of the configuration: tyro's own errors exit with the same code
         _fail(Exit.BAD_INPUT, f"error: {_one_line(error, hint='')}", debug=False)
     try:
-        return _launch(run, flags)
+        return _plan(run, programs, flags) if flags.plan else _launch(run, flags)
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         _fail(Exit.BAD_INPUT, f"error: {_one_line(error)}", flags.debug)
     except TrainingStopped as error:
@@ -109,6 +119,20 @@ def _launch(run: Callable, flags) -> dict:
     return summary
 
 
+def _plan(run: Callable, programs: Callable | None, flags) -> dict:
+    if programs is None:
+        raise ValueError(f"--plan {flags.plan}: this experiment does not list its programs")
+    # Nothing may look for the TPU that is only planned for.
+    jax.config.update("jax_platforms", "cpu")
+    devices = plan.topology(flags.plan)
+    mesh = sharding.make_mesh(**_mesh_sizes(flags.mesh), devices=devices)
+    title = f"{experiment_name(run)} on {flags.plan}"
+    too_large = plan.report(title, programs(flags.config, mesh), mesh, Log().print)
+    if too_large is not None:
+        _fail(Exit.DOES_NOT_FIT, too_large, debug=False)
+    return {}
+
+
 def _how_to_continue(was_empty: bool, folder: Path, log: Log) -> str:
     if was_empty and not log.trained:
         return " before the first step; nothing is kept"
@@ -146,6 +170,7 @@ def _parse(config: Config, argv: list[str] | None):
         ("workdir", Path | None, None, "DIR", "where the run lives [default: new, under runs/]"),
         ("data", Path | None, None, "DIR", "folder of real data [default: $RLHF_JAX_DATA]"),
         ("mesh", str, "", "SIZES", f"such as {_mesh_example()} [default: all devices]"),
+        ("plan", str, "", "SLICE", "such as v5e:4x4: only compile for it, and print what it takes"),
         ("profile", int, 0, "STEPS", "number of steps of each stage to trace to workdir/profile"),
         ("dtype", Precision | None, None, None, "of matrix products [default: as configured]"),
         ("remat", Remat | None, None, None, "what a backward pass recomputes to save memory"),
@@ -191,12 +216,8 @@ def experiment_name(run: Callable) -> str:
     return file.stem if file.suffix == ".py" and file.stem != "__main__" else run.__module__
 
 
-def _mesh_axes() -> list[str]:
-    return list(inspect.signature(sharding.make_mesh).parameters)
-
-
 def _mesh_example() -> str:
-    return ",".join(f"{axis}={size}" for axis, size in zip(_mesh_axes(), (1, 4, 2)))
+    return ",".join(f"{axis}={size}" for axis, size in zip(sharding.AXES, (1, 4, 2)))
 
 
 def _mesh_sizes(text: str) -> dict[str, int]:
@@ -204,8 +225,8 @@ def _mesh_sizes(text: str) -> dict[str, int]:
     sizes = {}
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition("=")
-        if axis not in _mesh_axes() or not size.isdecimal() or axis in sizes:
-            axes = ", ".join(_mesh_axes())
+        if axis not in sharding.AXES or not size.isdecimal() or axis in sizes:
+            axes = ", ".join(sharding.AXES)
             raise ValueError(
                 f"--mesh {text}: '{part}' is not axis=size with an axis of {axes}, each once; "
                 f"write for example --mesh {_mesh_example()}"

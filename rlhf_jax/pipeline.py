@@ -60,9 +60,19 @@ def check(
     `shape` is the policy's, `longest` the longest prompt and response together, in tokens; `stages`
     are the configurations of the stages by name.
     """
+    check_sizes(context.mesh, shape, longest, **stages)
+
+
+def check_sizes(
+    mesh: jax.sharding.Mesh,
+    shape: transformer.Config,
+    longest: int,
+    **stages: loop.Config | online_algorithms.Config,
+) -> None:
+    """`check` for a mesh alone, such as one that is only planned for."""
     for stage, config in stages.items():
         counts = {f"{stage}.{name}": count for name, count in config.row_counts().items()}
-        sharding.check_rows(context.mesh, **counts)
+        sharding.check_rows(mesh, **counts)
     transformer.check_length(shape, longest)
 
 

@@ -9,7 +9,7 @@ to replicate them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +41,21 @@ RULES = (
 )
 
 
-def make_mesh(data: int = 1, fsdp: int | None = None, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = 1,
+    fsdp: int | None = None,
+    tensor: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """A mesh with the axes (data, fsdp, tensor), each of the given size.
 
-    `fsdp=None` is all devices divided by `data * tensor`. Raises ValueError if that is no whole
-    number, or if the sizes need more devices than there are.
+    `fsdp=None` is all devices divided by `data * tensor`. Without `devices` the mesh is of the
+    first ones that there are; given ones, such as those of `plan.topology`, are all used.
+    Raises ValueError if `data * tensor` does not divide the devices, if the sizes need more than
+    there are, or fewer than are given.
     """
-    available = jax.device_count()
+    available = jax.device_count() if devices is None else len(devices)
     if min(data, tensor, 1 if fsdp is None else fsdp) < 1:
         raise ValueError(f"mesh data={data},fsdp={fsdp},tensor={tensor}: sizes must be at least 1")
     if fsdp is None:
@@ -58,12 +66,13 @@ def make_mesh(data: int = 1, fsdp: int | None = None, tensor: int = 1) -> Mesh:
             )
         fsdp = available // (data * tensor)
     wanted = data * fsdp * tensor
-    if wanted > available:
+    if wanted > available or devices is not None and wanted < available:
+        change = "lower" if wanted > available else "raise"
         raise ValueError(
             f"mesh data={data},fsdp={fsdp},tensor={tensor} needs {wanted} devices, but there are "
-            f"{available}; lower a size"
+            f"{available}; {change} a size"
         )
-    devices = jax.devices()[:wanted]
+    devices = jax.devices()[:wanted] if devices is None else list(devices)
     # With Auto axes the compiler propagates shardings; make_mesh's default is Explicit by now.
     return jax.make_mesh(
         (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
@@ -73,6 +82,11 @@ def make_mesh(data: int = 1, fsdp: int | None = None, tensor: int = 1) -> Mesh:
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """The number of pieces into which the mesh splits the rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def tensor_shards(mesh: Mesh | AbstractMesh) -> int:
+    """The number of pieces into which the mesh splits heads, hidden units and vocabulary."""
+    return mesh.shape["tensor"]
 
 
 def check_rows(mesh: Mesh | AbstractMesh, **counts: int) -> None:
@@ -173,6 +187,30 @@ def initialise(mesh: Mesh, init: Callable, *args, static_argnums=()):
     shapes = jax.jit(init, static_argnums=static_argnums).eval_shape(*args)
     compiled = jax.jit(init, static_argnums=static_argnums, out_shardings=tree(mesh, shapes))
     return compiled(*args)
+
+
+def abstract(mesh: Mesh, init: Callable, *args, static_argnums=()):
+    """What `initialise` would return, as shapes with their shardings: nothing is computed.
+
+    The arguments may be shapes themselves.
+    """
+    shapes = jax.jit(init, static_argnums=static_argnums).eval_shape(*args)
+    return jax.tree.map(_shape, shapes, tree(mesh, shapes))
+
+
+def abstract_rows(mesh: Mesh, batch):
+    """What `put_rows` would return for a batch of shapes, as shapes with their shardings."""
+    return jax.tree.map(lambda x: _shape(x, rows(mesh)), batch)
+
+
+def _shape(leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of a shape with a sharding on one device, without the padding of layouts."""
+    part = leaf.sharding.shard_shape(leaf.shape)
+    return int(np.prod(part)) * jax.dtypes.canonicalize_dtype(leaf.dtype).itemsize
 
 
 def constrain_rows(x, name: str = "rows"):

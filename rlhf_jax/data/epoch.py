@@ -50,12 +50,13 @@ def rows(
 
 
 def _batches(fn, static, args, loader, mesh) -> Iterator[tuple]:
-    program, mesh = _jitted(fn, static), mesh or sharding.make_mesh()
+    run, mesh = program(fn, static), mesh or sharding.make_mesh()
     with jax.set_mesh(mesh):
         for batch in loader.epoch_batches():
-            yield batch, program(*args, sharding.put_rows(mesh, batch))
+            yield batch, run(*args, sharding.put_rows(mesh, batch))
 
 
 @functools.lru_cache(maxsize=64)
-def _jitted(fn: Callable, static: tuple) -> Callable:
+def program(fn: Callable, static: tuple) -> Callable:
+    """The compiled `fn(*static, ...)`, the same object for the same arguments."""
     return jax.jit(functools.partial(fn, *static))

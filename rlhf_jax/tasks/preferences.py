@@ -7,10 +7,14 @@ is trained from that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
+import jax
+
+from rlhf_jax import abstract, evaluation, folders, pipeline
 from rlhf_jax import config as configuration
-from rlhf_jax import evaluation, folders, pipeline
+from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import reward_model, sft
 from rlhf_jax.config import Count, Share, Whole
 from rlhf_jax.data import batches, tokenizers
@@ -120,6 +124,33 @@ def train_scorer(
         loss_fn=loss_fn,
         name=stage,
     )
+
+
+def planned_shape(config: Config) -> transformer.Config:
+    """The shape of the model that training starts from; of a named one the config.json is read."""
+    return huggingface.shape(huggingface.fetch(config.start)) if config.start else config.model
+
+
+def programs(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    losses: Mapping[str, Callable] = MappingProxyType({"reward_model": reward_model.loss}),
+) -> list[Program]:
+    """What `starting_model`, then `train_scorer` by each loss, run on pairs: see `abstract`.
+
+    `measure` runs the program of their evaluation.
+    """
+    length = config.max_prompt + config.max_response
+    policy, listed = abstract.model(planned_shape(config), mesh), []
+    if not config.start:
+        tuned = sft.programs(config.sft, policy, length, mesh)
+        policy, listed = tuned.result, tuned.programs
+    for name, loss_fn in losses.items():
+        stage = reward_model.programs(
+            config.reward_model, policy, length, mesh, loss_fn=loss_fn, name=name
+        )
+        listed = [*listed, *(x for x in stage.programs if x.name != f"{name}: centre")]
+    return listed
 
 
 def measure(config: Config, context: Context, scorer: Model, examples: Examples) -> dict:

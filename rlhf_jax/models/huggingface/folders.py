@@ -48,8 +48,7 @@ def load(
     if store not in ("float32", "bfloat16"):
         raise ValueError(f"store={store!r}: parameters are kept in 'float32' or 'bfloat16'")
     folder = pathlib.Path(folder)
-    fields = files.read_config(folder)
-    config = configurations.config_from(fields, str(folder / "config.json"), dtype)
+    config, fields = shape(folder, dtype), files.read_config(folder)
     family, classifier = configurations.family_of(fields)
 
     def init(key):
@@ -79,6 +78,16 @@ def load(
         return arrays[sharding.path_name(path)]
 
     return transformer.Model(config, jax.tree.map_with_path(array_at, shapes))
+
+
+def shape(folder: str | pathlib.Path, dtype: str = "float32") -> transformer.Config:
+    """The configuration of the model in a folder, of which only the config.json is read.
+
+    Raises ValueError as `load` does for what that file says.
+    """
+    folder = pathlib.Path(folder)
+    fields = files.read_config(folder)
+    return configurations.config_from(fields, str(folder / "config.json"), dtype)
 
 
 def _by_path(tree):
