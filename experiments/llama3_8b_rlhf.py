@@ -38,6 +38,7 @@ SHAPE = transformer.Config(
     rope_base=5e5,
     norm_eps=1e-5,
     dtype="bfloat16",
+    remat="full",
 )
 
 config = own_data.Config(

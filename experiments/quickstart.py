@@ -24,8 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
-
 from rlhf_jax import abstract, evaluation, pipeline
 from rlhf_jax import config as configuration
 from rlhf_jax.abstract import Program
@@ -178,10 +176,10 @@ def run(config: Config, context: Context) -> dict:
     return summary | {"seconds": clock.seconds}
 
 
-def programs(config: Config, mesh: jax.sharding.Mesh) -> list[Program]:
+def programs(config: Config, context: Context) -> list[Program]:
     """What `run` runs: see `abstract`. The new model stays where it is until the end."""
-    length = MAX_PROMPT + MAX_RESPONSE
-    initial = abstract.model(config.model, mesh)
+    length, mesh = MAX_PROMPT + MAX_RESPONSE, context.mesh
+    initial = abstract.model(context.compute.of(config.model), mesh)
     tuned = sft.programs(config.sft, initial, length, mesh)
     policy, rows = tuned.result, config.reward_model.batch_size
     ranked = reward_model.programs(

@@ -37,6 +37,7 @@ SHAPE = transformer.Config(
     qk_norm=True,
     tied=True,
     dtype="bfloat16",
+    remat="full",
 )
 
 config = own_data.Config(

@@ -39,7 +39,6 @@ A full-size model can be trained instead, with `--start`:
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 
 from rlhf_jax import pipeline
@@ -160,9 +159,9 @@ def run(config: Config, context: Context) -> dict:
     return {"sft": tuned, "reward_model": figures, "seconds": clock.seconds}
 
 
-def programs(config: Config, mesh: jax.sharding.Mesh) -> list[Program]:
+def programs(config: Config, context: Context) -> list[Program]:
     """What `run` runs, first for one loss and then for the other: see `abstract`."""
-    return preferences.programs(config, mesh, LOSSES)
+    return preferences.programs(config, context, LOSSES)
 
 
 if __name__ == "__main__":

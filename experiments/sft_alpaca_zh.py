@@ -25,7 +25,6 @@ The folder `export` in the workdir can be read by transformers and by `own_data.
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 
 from rlhf_jax import abstract, folders, pipeline
@@ -117,10 +116,11 @@ def run(config: Config, context: Context) -> dict:
     }
 
 
-def programs(config: Config, mesh: jax.sharding.Mesh) -> list[Program]:
+def programs(config: Config, context: Context) -> list[Program]:
     """What `run` runs: see `abstract`."""
-    initial = abstract.model(preferences.planned_shape(config), mesh)
-    return sft.programs(config.sft, initial, config.max_prompt + config.max_response, mesh).programs
+    initial = abstract.model(preferences.planned_shape(config, context), context.mesh)
+    length = config.max_prompt + config.max_response
+    return sft.programs(config.sft, initial, length, context.mesh).programs
 
 
 if __name__ == "__main__":

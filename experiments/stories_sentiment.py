@@ -38,7 +38,6 @@ import pathlib
 import re
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -274,9 +273,10 @@ def nats_per_token(answers: Evaluation) -> float:
     return float(answers.reference_nats.sum() / answers.lengths.sum())
 
 
-def programs(config: Config, mesh: jax.sharding.Mesh) -> list[Program]:
+def programs(config: Config, context: Context) -> list[Program]:
     """What `run` runs: see `abstract`."""
-    policy, sampling, rows = abstract.model(SHAPE, mesh), config.ppo.sampling, config.ppo.batch_size
+    mesh, sampling, rows = context.mesh, config.ppo.sampling, config.ppo.batch_size
+    policy = abstract.model(context.compute.of(SHAPE), mesh)
     stories = abstract.demonstrations(mesh, ROWS, SHAPE.max_length)
     length = MAX_PROMPT + MAX_RESPONSE
     ranked = reward_model.programs(
@@ -300,7 +300,7 @@ def programs(config: Config, mesh: jax.sharding.Mesh) -> list[Program]:
     answers = evaluation.program(
         aligned.result, policy, scorer, sampling, batch, ENDS, mesh, resident=held
     )
-    listed = [sft.evaluation(sft.Config(), policy, stories), drawing]
+    listed = [sft.evaluation(sft.Config(), policy, stories, mesh), drawing]
     return [*listed, *ranked.programs, *aligned.programs, answers]
 
 

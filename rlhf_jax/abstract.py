@@ -24,7 +24,7 @@ from rlhf_jax import online as algorithms
 from rlhf_jax import sharding
 from rlhf_jax.data import epoch
 from rlhf_jax.data.records import Comparisons, Demonstrations, Ends, Prompts
-from rlhf_jax.models import partition, transformer
+from rlhf_jax.models import partition, stacking, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import learned
 from rlhf_jax.sampling.decode import BLOCK, Sampling
@@ -123,26 +123,34 @@ def supervised(
     """
     sharding.check_rows(mesh, **config.row_counts())
     trainable, bases = partition.partition(models)
-    frozen = {**bases, **(frozen or {})}
+    given = {**bases, **(frozen or {})}
+    trained, frozen = loop.arranged(mesh, trainable, given)
     with jax.set_mesh(mesh):
         state, restored = (
-            sharding.abstract(mesh, loop.init_state, config, trainable) for _ in range(2)
+            sharding.abstract(mesh, loop.init_state, config, trained) for _ in range(2)
         )
         step = loop.supervised_program(loss_fn, mesh, state, frozen)
-    held = (models, frozen, resident)
+    held = (models, given, frozen, resident)
     rows = _rows(batch) // config.micro_batches
     programs = [
         Program(f"{name}: step", step, (config, state, frozen, batch), held, rows),
         Program(f"{name}: restore", None, (), (held, state, restored), rows),
     ]
-    return Stage(programs, partition.combine(frozen, state.trainable), (held, state))
+    return Stage(programs, loop.models_of(given, state), (held, state))
 
 
 def over_rows(
-    name: str, fn: Callable, static: tuple, args: tuple, batch: Any, resident: Any = ()
+    name: str,
+    fn: Callable,
+    static: tuple,
+    args: tuple,
+    batch: Any,
+    mesh: jax.sharding.Mesh,
+    resident: Any = (),
 ) -> Program:
     """What `epoch.sums` and `epoch.rows` run on every batch."""
-    return Program(name, epoch.program(fn, static), (*args, batch), resident, _rows(batch))
+    arguments = (*stacking.stack_all(mesh, args), batch)
+    return Program(name, epoch.program(fn, static), arguments, (resident, args), _rows(batch))
 
 
 def _rows(batch: Any) -> int:
@@ -168,11 +176,12 @@ def online(
     name, responses = algorithm.name, config.num_responses
     networks = derived(algorithm.networks, mesh, config, policy, critic)
     trainable, bases = partition.partition(networks)
-    frozen = {"reference": policy, "scorer": scorer, **bases}
+    given = {"reference": policy, "scorer": scorer, **bases}
+    trained, frozen = loop.arranged(mesh, trainable, given)
     batch = prompts(mesh, responses, max_prompt)
     with jax.set_mesh(mesh):
         state, restored = (
-            sharding.abstract(mesh, algorithms.init_state, config, algorithm.memory, trainable)
+            sharding.abstract(mesh, algorithms.init_state, config, algorithm.memory, trained)
             for _ in range(2)
         )
         programs = algorithms.compile_programs(algorithm, Drawing(ends), score, mesh, state, frozen)
@@ -192,7 +201,7 @@ def online(
             Program(f"{name}: update", programs.update, updating, held, minibatch, updates=True),
             Program(f"{name}: restore", None, (), (held, restored), responses),
         ],
-        params,
+        loop.models_of(given, state.train),
         held,
     )
 

@@ -137,8 +137,9 @@ def program(
     key, number = abstract.whole(mesh, (jax.random.key(0), jnp.int32(0)))
     params = {"policy": policy, "reference": reference, "scorer": scorer}
     static = (Drawing(ends), score, 1)
-    found = abstract.over_rows(name, _answer, static, (sampling, params, key, number), batch)
-    return found._replace(resident=resident, max_trips=abstract.max_trips(sampling))
+    arguments = (sampling, params, key, number)
+    found = abstract.over_rows(name, _answer, static, arguments, batch, mesh, resident)
+    return found._replace(max_trips=abstract.max_trips(sampling))
 
 
 def evaluate(exam: Exam, policy: Model, number: int = 0) -> Evaluation:

@@ -56,7 +56,7 @@ def launch(
     config: Config,
     argv: list[str] | None = None,
     *,
-    programs: Callable[[Config, jax.sharding.Mesh], list[Program]] | None = None,
+    programs: Callable[[Config, Context], list[Program]] | None = None,
 ) -> dict:
     """Calls `run` with the configuration that the command line asks for; returns its summary.
 
@@ -67,7 +67,7 @@ def launch(
     is refused (see `workdir`).
 
     With `--plan v5e:4x4` nothing is run or written. The programs of the experiment, which
-    `programs(config, mesh)` lists with the shapes that `run` calls them with, are compiled for that
+    `programs(config, context)` lists with the shapes that `run` calls them with, are compiled for that
     slice and what they need is printed (see `plan`); the summary is then {}.
 
     On an error it prints one line to stderr, with `--debug` the traceback too, and exits
@@ -91,7 +91,7 @@ def launch(
 
 def _launch(run: Callable, flags) -> dict:
     config, experiment = flags.config, experiment_name(run)
-    compute = Compute(flags.dtype, flags.remat, flags.scan_layers)
+    compute = _compute(flags)
     mesh = sharding.make_mesh(**_mesh_sizes(flags.mesh))
     data = _data_folder(flags.data)
     if flags.profile < 0:
@@ -119,6 +119,10 @@ def _launch(run: Callable, flags) -> dict:
     return summary
 
 
+def _compute(flags) -> Compute:
+    return Compute(flags.dtype, flags.remat, flags.scan_layers)
+
+
 def _plan(run: Callable, programs: Callable | None, flags) -> dict:
     if programs is None:
         raise ValueError(f"--plan {flags.plan}: this experiment does not list its programs")
@@ -126,8 +130,9 @@ def _plan(run: Callable, programs: Callable | None, flags) -> dict:
     jax.config.update("jax_platforms", "cpu")
     devices = plan.topology(flags.plan)
     mesh = sharding.make_mesh(**_mesh_sizes(flags.mesh), devices=devices)
+    context = Context(Path(), Log(), mesh, _data_folder(flags.data), _compute(flags))
     title = f"{experiment_name(run)} on {flags.plan}"
-    too_large = plan.report(title, programs(flags.config, mesh), mesh, Log().print)
+    too_large = plan.report(title, programs(flags.config, context), mesh, context.log.print)
     if too_large is not None:
         _fail(Exit.DOES_NOT_FIT, too_large, debug=False)
     return {}

@@ -437,8 +437,8 @@ def run(
     drawing = Drawing(tokenizer.ends, choose, processors)
     with jax.set_mesh(mesh):
         trainable, bases = partition.partition(algorithm.networks(config, policy, critic))
-        frozen = {"reference": policy, "scorer": scorer, **bases}
-        given, trained, frozen = loop.arrange(mesh, trainable, frozen)
+        given = sharding.place(mesh, {"reference": policy, "scorer": scorer, **bases})
+        trained, frozen = loop.arranged(mesh, sharding.place(mesh, trainable), given)
         state = sharding.initialise(mesh, init_state, config, algorithm.memory, trained)
         programs = compile_programs(algorithm, drawing, score, mesh, state, frozen)
         host_scores = functools.partial(host.scores, reward, tokenizer, prompts.examples)

@@ -203,6 +203,15 @@ def abstract_rows(mesh: Mesh, batch):
     return jax.tree.map(lambda x: _shape(x, rows(mesh)), batch)
 
 
+def cast(x, dtype):
+    """An array, or a shape with a sharding, in another type; itself where it has that type."""
+    if x.dtype == dtype:
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return x.astype(dtype)
+
+
 def _shape(leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

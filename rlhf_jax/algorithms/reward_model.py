@@ -305,12 +305,12 @@ def programs(
         config, models, batch, mesh, loss_fn=loss_fn, name=name, resident=held
     )
     scorer = stage.result["scorer"]
-    scoring = (_scored, (config.micro_batches,), (scorer,), batch)
+    scoring = (_scored, (config.micro_batches,), (scorer,), batch, mesh)
     during = stage.held if config.eval_every else held
     rest = [
         abstract.over_rows(f"{name}: evaluate", *scoring, during),
         abstract.over_rows(
-            f"{name}: centre", _score_sums, (), (scorer,), centred_on or batch, held
+            f"{name}: centre", _score_sums, (), (scorer,), centred_on or batch, mesh, held
         ),
     ]
     return Stage([*stage.programs, *rest], scorer, stage.held)

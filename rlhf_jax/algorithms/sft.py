@@ -128,11 +128,16 @@ def programs(
     )
     trained = stage.result["policy"]
     held = stage.held if config.eval_every else (policy, resident)
-    return Stage([*stage.programs, evaluation(config, trained, batch, held)], trained, stage.held)
+    evaluated = evaluation(config, trained, batch, mesh, held)
+    return Stage([*stage.programs, evaluated], trained, stage.held)
 
 
 def evaluation(
-    config: Config, policy: Model, batch: Demonstrations, resident: Any = ()
+    config: Config,
+    policy: Model,
+    batch: Demonstrations,
+    mesh: jax.sharding.Mesh,
+    resident: Any = (),
 ) -> abstract.Program:
     """What `evaluate` runs on a batch; all but `config` are shapes."""
-    return abstract.over_rows("sft: evaluate", _nats, (), (config, policy), batch, resident)
+    return abstract.over_rows("sft: evaluate", _nats, (), (config, policy), batch, mesh, resident)

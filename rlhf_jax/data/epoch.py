@@ -12,6 +12,7 @@ import numpy as np
 from rlhf_jax import sharding
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import real_rows
+from rlhf_jax.models import stacking
 
 
 def sums(
@@ -51,6 +52,7 @@ def rows(
 
 def _batches(fn, static, args, loader, mesh) -> Iterator[tuple]:
     run, mesh = program(fn, static), mesh or sharding.make_mesh()
+    args = stacking.stack_all(mesh, args)
     with jax.set_mesh(mesh):
         for batch in loader.epoch_batches():
             yield batch, run(*args, sharding.put_rows(mesh, batch))

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import sharding
 from rlhf_jax.models import lora
 from rlhf_jax.models.transformer import Model
 
@@ -53,7 +54,7 @@ def in_compute_type(models: dict[str, Any]) -> dict[str, Any]:
 
     Products would round them to that type anyway, so no number changes. Norms, biases and the
     scalar head, which are used in float32, stay as they are, and so does what is no `Model`. Arrays
-    that several models share are still shared afterwards.
+    that several models share are still shared afterwards. The models may be of shapes.
     """
     done = {}
 
@@ -61,7 +62,7 @@ def in_compute_type(models: dict[str, Any]) -> dict[str, Any]:
         if x.ndim < 2 or x.dtype == dtype or path[0].key == "score":
             return x
         if id(x) not in done:
-            done[id(x)] = x.astype(dtype)
+            done[id(x)] = sharding.cast(x, dtype)
         return done[id(x)]
 
     def of_model(model):

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import ShapeDtypeStruct as Shape
 
 from rlhf_jax import sharding
 from rlhf_jax.models import transformer
@@ -30,6 +31,7 @@ def stack_all(mesh: jax.sharding.Mesh, models: Any) -> Any:
     """A tree with models in it, with layers stacked where training wants that (`is_wanted`).
 
     Arrays that several models share, such as the base of adapters, are still shared afterwards.
+    The tree may be of shapes.
     """
     joined = {}
 
@@ -138,14 +140,17 @@ def _layer_names(name: str, flat: dict[str, Any]) -> list[str]:
 def _join(arrays) -> Any:
     """Arrays [...] as one, [L, ...]; outside of a program it is split over devices as they are."""
     where = sharding.with_leading_axis(arrays[0])
+    if isinstance(arrays[0], Shape):
+        return Shape((len(arrays), *arrays[0].shape), arrays[0].dtype, sharding=where)
     return jnp.stack(arrays) if where is None else _stacking(where)(arrays)
 
 
 def _split(array) -> Any:
     """An array [L, ...] as L arrays [...], split over devices as it is."""
     where = sharding.without_leading_axis(array)
-    if isinstance(array, jax.ShapeDtypeStruct):
-        return [jax.ShapeDtypeStruct(array.shape[1:], array.dtype, sharding=where)] * array.shape[0]
+    if isinstance(array, Shape):
+        count, *shape = array.shape
+        return [Shape(tuple(shape), array.dtype, sharding=where) for _ in range(count)]
     return list(array) if where is None else _splitting(where)(array)
 
 

@@ -7,7 +7,6 @@ is made of this `Config`, `run` and `programs`.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import pathlib
 from typing import Literal, NamedTuple
 
@@ -26,7 +25,7 @@ from rlhf_jax.data.schema import BadRow, at
 from rlhf_jax.evaluation import Exam
 from rlhf_jax.launch import Context
 from rlhf_jax.models import huggingface, lora, transformer
-from rlhf_jax.models.transformer import Model
+from rlhf_jax.models.transformer import Compute, Model
 from rlhf_jax.rewards import agreement
 
 # Qwen2.5 of half a billion parameters.
@@ -70,8 +69,8 @@ class Config(configuration.Config):
     on_bad_row: Literal["error", "drop"] = "error"  # what to do with an unusable row
     lora_rank: Whole = 0  # of adapters; 0 trains all weights
     lora_alpha: Positive = 16.0  # an adapter's scale is alpha / rank
-    # What `--plan` compiles where no model is named. Its `dtype`, the type of matrix products, is
-    # that of the model that is trained too: no folder states it.
+    # What `--plan` compiles where no model is named. What it says of `dtype`, `remat` and
+    # `scan_layers`, which no folder states, holds for the models that are trained too.
     shape: transformer.Config = QWEN
     judge_draws: Count = 4  # answers to each held-out prompt that the judge compares
     sft: sft.Config
@@ -93,18 +92,18 @@ def open_scorer(config: Config, context: Context, tokenizer: tokenizers.Tokenize
     """The reward model of a folder. Raises ValueError unless it reads what the policy writes."""
     folder = huggingface.fetch(config.scorer)
     tokenizers.check_same(tokenizer, open_tokenizer(folder, config.plain_template))
-    scorer = computed_as(config, huggingface.load(folder, context.mesh))
+    loaded = huggingface.load(folder, context.mesh)
+    scorer = transformer.computed_as(loaded, compute_of(config, context))
     if "score" not in scorer.weights:
         raise ValueError(f"{config.scorer}: a language model, where a reward model is needed")
     tokenizers.check_vocab(tokenizer, scorer.config.vocab_size)
     return scorer
 
 
-def computed_as(config: Config, model: Model) -> Model:
-    """The model with what `config.shape` says and its folder does not: the type of its products."""
-    return dataclasses.replace(
-        model, config=dataclasses.replace(model.config, dtype=config.shape.dtype)
-    )
+def compute_of(config: Config, context: Context) -> Compute:
+    """How models are computed: as the command line says, or else as `config.shape` does."""
+    shape = context.compute.of(config.shape)
+    return Compute(shape.dtype, shape.remat, shape.scan_layers)
 
 
 def adapted(config: Config, policy: Model) -> Model:
@@ -308,7 +307,8 @@ def run(config: Config, context: Context) -> dict:
         raise ValueError("nothing to do: name --demonstrations, --preferences or --scorer")
     base = huggingface.fetch(config.model)
     tokenizer = open_tokenizer(base, config.plain_template)
-    policy = computed_as(config, folders.language_model(base, tokenizer, context.mesh, context.compute))
+    compute = compute_of(config, context)
+    policy = folders.language_model(base, tokenizer, context.mesh, compute)
     check_sizes(config, context, policy)
     scorer = open_scorer(config, context, tokenizer) if config.scorer else None
     data, seed, clock, summary = read(config, tokenizer), config.seed, pipeline.Clock(), {}
@@ -362,14 +362,15 @@ def run(config: Config, context: Context) -> dict:
     return summary | {"seconds": clock.seconds}
 
 
-def programs(config: Config, mesh: jax.sharding.Mesh) -> list[Program]:
+def programs(config: Config, context: Context) -> list[Program]:
     """What `run` runs where all files are given, of pairs of responses: see `abstract`.
 
     Of a named model only the config.json is read.
     """
-    shape = config.shape
+    mesh, shape = context.mesh, config.shape
     if config.model:
-        shape = huggingface.shape(huggingface.fetch(config.model), shape.dtype)
+        shape = huggingface.shape(huggingface.fetch(config.model))
+    shape = compute_of(config, context).of(shape)
     pipeline.check_sizes(mesh, shape, _longest(config), **_stages(config))
     length = config.max_prompt + config.max_response
     initial = abstract.derived(adapted, mesh, config, abstract.model(shape, mesh))

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-import jax
-
 from rlhf_jax import abstract, evaluation, folders, pipeline
 from rlhf_jax import config as configuration
 from rlhf_jax.abstract import Program
@@ -126,22 +124,23 @@ def train_scorer(
     )
 
 
-def planned_shape(config: Config) -> transformer.Config:
+def planned_shape(config: Config, context: Context) -> transformer.Config:
     """The shape of the model that training starts from; of a named one the config.json is read."""
-    return huggingface.shape(huggingface.fetch(config.start)) if config.start else config.model
+    named = config.start and huggingface.shape(huggingface.fetch(config.start))
+    return context.compute.of(named or config.model)
 
 
 def programs(
     config: Config,
-    mesh: jax.sharding.Mesh,
+    context: Context,
     losses: Mapping[str, Callable] = MappingProxyType({"reward_model": reward_model.loss}),
 ) -> list[Program]:
     """What `starting_model`, then `train_scorer` by each loss, run on pairs: see `abstract`.
 
     `measure` runs the program of their evaluation.
     """
-    length = config.max_prompt + config.max_response
-    policy, listed = abstract.model(planned_shape(config), mesh), []
+    length, mesh = config.max_prompt + config.max_response, context.mesh
+    policy, listed = abstract.model(planned_shape(config, context), mesh), []
     if not config.start:
         tuned = sft.programs(config.sft, policy, length, mesh)
         policy, listed = tuned.result, tuned.programs

@@ -166,8 +166,9 @@ def fit(
     for name in models.keys() & (frozen or {}).keys():
         raise ValueError(f"{name!r} cannot be trained and frozen at once; rename one of the two")
     with jax.set_mesh(runtime.mesh):
-        trainable, bases = partition.partition(models)
-        given, trained, frozen = arrange(runtime.mesh, trainable, {**bases, **(frozen or {})})
+        trainable, bases = sharding.place(runtime.mesh, partition.partition(models))
+        given = {**bases, **sharding.place(runtime.mesh, frozen or {})}
+        trained, frozen = arranged(runtime.mesh, trainable, given)
         state = sharding.initialise(runtime.mesh, init_state, config, trained)
         program = supervised_program(loss_fn, runtime.mesh, state, frozen)
 
@@ -187,19 +188,17 @@ def fit(
     return models_of(given, state), history
 
 
-def arrange(mesh: jax.sharding.Mesh, trainable: dict, frozen: dict) -> tuple[dict, dict, dict]:
-    """Puts models onto the mesh as programs want them: (frozen as given, trainable, frozen).
+def arranged(mesh: jax.sharding.Mesh, trainable: dict, frozen: dict) -> tuple[dict, dict]:
+    """Models on the mesh, or their shapes, as programs take them: (trainable, frozen).
 
-    The last two have stacked layers where training wants that. What is trained is float32, whatever
-    it was stored in: updates are often smaller than the spacing of bfloat16. The matrices of frozen
+    Layers are stacked where training wants that. What is trained is float32, whatever it was stored
+    in, because updates are often smaller than the spacing of bfloat16. The matrices of frozen
     models have the type of their products, which halves their memory and changes no number.
     """
-    given = sharding.place(mesh, frozen)
-    trainable = jax.tree.map(training.master, sharding.place(mesh, trainable))
+    masters = jax.tree.map(training.master, trainable)
     return (
-        given,
-        stacking.stack_all(mesh, trainable),
-        stacking.stack_all(mesh, partition.in_compute_type(given)),
+        stacking.stack_all(mesh, masters),
+        stacking.stack_all(mesh, partition.in_compute_type(frozen)),
     )
 
 

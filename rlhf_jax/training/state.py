@@ -119,7 +119,7 @@ def _is_matrix(path: tuple, array: Array) -> bool:
 
 def master(x: Array) -> Array:
     """A trained array in float32, and any array of whole numbers as it is."""
-    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return sharding.cast(x, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def init_state(optimizer: optax.GradientTransformation, trainable: Any) -> TrainState:
