@@ -301,7 +301,6 @@ def run(config: Config, context: Context) -> dict:
         policy = lora.attach(policy, adapter, jax.random.key(seed))
 
     def export(name: str, model: Model) -> None:
-        (context.workdir / "export").mkdir(exist_ok=True)
         folders.export(context.workdir / "export" / name, model, tokenizer, base)
 
     if data.demonstrations:

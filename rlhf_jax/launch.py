@@ -23,7 +23,7 @@ from typing import Annotated, NamedTuple, NoReturn
 import jax
 import tyro
 
-from rlhf_jax import sharding, workdir
+from rlhf_jax import distributed, processes, sharding, storage, workdir
 from rlhf_jax.config import Config
 from rlhf_jax.training import report
 from rlhf_jax.training.metrics import Log, flat, plain
@@ -41,7 +41,7 @@ class Exit(enum.IntEnum):
 class Context(NamedTuple):
     """What `run(config, context)` gets from the command line besides its configuration."""
 
-    workdir: Path  # the folder of this run
+    workdir: storage.Path  # the folder of this run
     log: Log  # of this run, writing to the workdir
     mesh: jax.sharding.Mesh
     data: Path | None  # the folder of real data; None where nobody named one
@@ -78,35 +78,50 @@ def launch(
 
 
 def _launch(run: Callable, flags) -> dict:
-    config, experiment = flags.config, experiment_name(run)
+    distributed.start(
+        distributed.Flags(
+            flags.coordinator, flags.num_processes, flags.process_id, flags.coordinator_timeout
+        )
+    )
+    context, described = processes.everywhere(lambda: _prepare(run, flags))
+    folder, log, mesh, _ = context
+    distributed.check_same(described | {"mesh": dict(mesh.shape)})
+    summary = processes.first(lambda: workdir.compare(folder, described))
+    if summary is not None:
+        log.print(f"{folder} is finished; nothing to train")
+    else:
+        workdir.check_shared(folder)
+        with workdir.restored_on_failure(folder, log) as found:
+            processes.first(lambda: workdir.begin(folder, described, mesh))
+            log.print(f"{described['experiment']}: {folder}")
+            try:
+                summary = plain(run(flags.config, context))
+            except KeyboardInterrupt as error:
+                raise KeyboardInterrupt(_how_to_continue(found.empty, folder, log)) from error
+        processes.first(lambda: workdir.finish(folder, summary))
+    processes.first(lambda: _show(log, summary))
+    return summary
+
+
+def _prepare(run: Callable, flags) -> tuple[Context, dict]:
+    """What `run` is given besides its configuration, and the description of the run."""
     mesh = sharding.make_mesh(**_mesh_sizes(flags.mesh))
     data = _data_folder(flags.data)
     if flags.profile < 0:
         raise ValueError(f"--profile {flags.profile}: the number of steps must be at least 0")
     if flags.workdir is None and jax.process_count() > 1:
         raise ValueError("--workdir is missing: several processes need the same one; name it")
-    folder = workdir.new_folder(experiment) if flags.workdir is None else flags.workdir
-    described = workdir.describe(experiment, config, data, folder)
-    summary = workdir.compare(folder, described)
-    log = Log(folder, profile_steps=flags.profile)
-    if summary is not None:
-        log.print(f"{folder} is finished; nothing to train")
+    experiment = experiment_name(run)
+    if flags.workdir is None:
+        folder = workdir.new_folder(experiment)
     else:
-        with workdir.restored_on_failure(folder, log) as found:
-            if log.writes:
-                workdir.begin(folder, described, mesh)
-            log.print(f"{experiment}: {folder}")
-            try:
-                summary = plain(run(config, Context(folder, log, mesh, data)))
-            except KeyboardInterrupt as error:
-                raise KeyboardInterrupt(_how_to_continue(found.empty, folder, log)) from error
-        if log.writes:
-            workdir.finish(folder, summary)
-    _show(log, summary)
-    return summary
+        folder = storage.path(flags.workdir)
+    log = Log(folder, profile_steps=flags.profile)
+    described = workdir.describe(experiment, flags.config, data, folder)
+    return Context(folder, log, mesh, data), described
 
 
-def _how_to_continue(was_empty: bool, folder: Path, log: Log) -> str:
+def _how_to_continue(was_empty: bool, folder: storage.Path, log: Log) -> str:
     if was_empty and not log.trained:
         return " before the first step; nothing is kept"
     return f"; the same command with --workdir {folder} continues from the last checkpoint"
@@ -140,10 +155,14 @@ def _parse(config: Config, argv: list[str] | None):
     """The flags, `config` among them; exits with 0 after --help and 2 on a wrong flag."""
     arg = tyro.conf.arg
     own = (
-        ("workdir", Path | None, None, "DIR", "where the run lives [default: new, under runs/]"),
+        ("workdir", str | None, None, "DIR", "where the run lives [default: new, under runs/]"),
         ("data", Path | None, None, "DIR", "folder of real data [default: $RLHF_JAX_DATA]"),
         ("mesh", str, "", "SIZES", f"such as {_mesh_example()} [default: all devices]"),
         ("profile", int, 0, "STEPS", "number of steps of each stage to trace to workdir/profile"),
+        ("coordinator", str | None, None, "HOST:PORT", "process 0, of several [default: detected]"),
+        ("num_processes", int | None, None, "N", "how many there are; 1 looks for no others"),
+        ("process_id", int | None, None, "I", "which of them this is, from 0"),
+        ("coordinator_timeout", int, 300, "SECONDS", "how long to wait for all of them"),
     )
     taken = {name for name, *_ in own} | {"debug", "config"}
     for field in dataclasses.fields(config):
@@ -245,5 +264,6 @@ def _one_line(error: Exception, hint: str = " (--debug shows where)") -> str:
 def _fail(code: Exit, message: str, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    print(message, file=sys.stderr, flush=True)
+    distributed.fail(code)
     raise SystemExit(code)

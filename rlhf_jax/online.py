@@ -425,6 +425,9 @@ def run(
     score = _check_inputs(algorithm.name, config, mesh, prompts, scorer, score, reward)
     loop.check_evaluation(config.eval_every, evaluate)
     drawing = Drawing(tokenizer.ends, choose, processors)
+    # Repeated where they are read: responses have to divide over the mesh, prompts need not.
+    places = np.repeat(np.arange(config.batch_size), config.samples_per_prompt)
+    prompts = prompts.reading(places[sharding.process_rows(mesh, config.num_responses)])
     with jax.set_mesh(mesh):
         trainable, bases = partition.partition(algorithm.networks(config, policy, critic))
         frozen = sharding.place(mesh, {"reference": policy, "scorer": scorer, **bases})
@@ -481,10 +484,11 @@ def _iterate(
     state: State,
     batch: Prompts,
 ) -> tuple[State, loop.Outcome]:
-    """One iteration: enqueues its three programs, and runs a reward in Python between them."""
+    """One iteration: enqueues its three programs, and runs a reward in Python between them.
+
+    `batch` has a row for each response.
+    """
     params = partition.combine(frozen, state.train.trainable)
-    # On the host, so that the responses have to divide over the mesh and the prompts need not.
-    batch = jax.tree.map(lambda x: np.repeat(x, config.samples_per_prompt, axis=0), batch)
     batch = sharding.put_rows(mesh, batch)
     samples, index = programs.sample(config, params, state.iteration, batch)
     rollout = programs.judge(config, params, samples, index)

@@ -8,11 +8,13 @@ to replicate them.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -62,11 +64,42 @@ def make_mesh(data: int = 1, fsdp: int | None = None, tensor: int = 1) -> Mesh:
             f"mesh data={data},fsdp={fsdp},tensor={tensor} needs {wanted} devices, but there are "
             f"{available}; lower a size"
         )
+    if wanted < available and jax.process_count() > 1:
+        raise ValueError(
+            f"mesh data={data},fsdp={fsdp},tensor={tensor} uses {wanted} of {available} devices, "
+            "but several processes need all of theirs; raise a size"
+        )
     devices = jax.devices()[:wanted]
+    slices = len({x.slice_index for x in devices if hasattr(x, "slice_index")})
+    if slices > 1:
+        return _mesh_of_slices((data, fsdp, tensor), devices, slices)
     # With Auto axes the compiler propagates shardings; make_mesh's default is Explicit by now.
     return jax.make_mesh(
         (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
     )
+
+
+def _mesh_of_slices(shape: tuple[int, int, int], devices: list, slices: int) -> Mesh:
+    """A mesh of devices in groups with a fast network in each and a slow one between them.
+
+    Slices of TPUs are divided along `data`, whose gradients are all that crosses between them.
+    Machines with GPUs follow each other, so that `tensor`, the innermost axis, stays in one.
+    """
+    if devices[0].platform != "tpu":
+        arranged = np.array(devices).reshape(shape)
+    elif shape[0] % slices:
+        raise ValueError(
+            f"mesh data={shape[0]}: there are {slices} slices, so data must be a multiple of that; "
+            f"use --mesh data={slices}"
+        )
+    else:
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]),
+            (slices, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
@@ -128,12 +161,94 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def process_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """The numbers of those rows of a batch of `count` that this process's devices hold, ascending.
+
+    They need not follow each other, because a mesh orders devices by how they are wired, and where
+    `tensor` reaches across processes, several of these hold the same rows. Raises ValueError if the
+    mesh does not divide the rows.
+    """
+    check_rows(mesh, rows=count)
+    return np.arange(count).reshape(row_shards(mesh), -1)[_process_shards(mesh)].reshape(-1)
+
+
+def _process_shards(mesh: Mesh) -> list[int]:
+    """The numbers of the row shards that this process's devices hold."""
+    here = jax.process_index()
+    shards = mesh.devices.reshape(row_shards(mesh), -1)
+    return [i for i, shard in enumerate(shards) if any(x.process_index == here for x in shard)]
+
+
 def put_rows(mesh: Mesh, batch):
-    """Puts a batch of host arrays onto the mesh. With several processes, each passes its rows."""
+    """Puts a batch of host arrays onto the mesh, split by rows.
+
+    With several processes each passes its own rows (`process_rows`), and nothing is communicated.
+    """
     sharding = rows(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    own, shards = _process_shards(mesh), row_shards(mesh)
+
+    def put(x):
+        size = x.shape[0] // len(own)
+
+        def piece(index):
+            begin = own.index((index[0].start or 0) // size) * size
+            return x[begin : begin + size]
+
+        return jax.make_array_from_callback((size * shards, *x.shape[1:]), sharding, piece)
+
+    return jax.tree.map(put, batch)
+
+
+def own_rows(arrays):
+    """The rows that `put_rows` would be given, on the host: those that this process's devices hold.
+
+    `arrays` are split by rows. Nothing is communicated, and with one process these are all rows.
+    """
+
+    def pieces(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return x
+        return {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+
+    def join(x):
+        return np.concatenate([x[start] for start in sorted(x)]) if isinstance(x, dict) else x
+
+    leaves, structure = jax.tree.flatten(arrays)
+    found = jax.device_get([pieces(x) for x in leaves])
+    return jax.tree.unflatten(structure, map(join, found))
+
+
+def gather(arrays):
+    """The same arrays, readable by every process: those split over several are made whole.
+
+    This only enqueues work on the devices, each of which will hold the whole arrays. All processes
+    must call it, in the same order. With one process nothing happens.
+    """
+
+    def whole(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return _copy_to(replicated(x.sharding.mesh))(x)
+
+    return jax.tree.map(whole, arrays)
+
+
+@functools.lru_cache
+def _copy_to(sharding: NamedSharding) -> Callable:
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
+def to_host(arrays):
+    """A tree of arrays as arrays of the host, whole on every process.
+
+    Where they are split over several processes, one at a time is gathered onto every device, so the
+    devices need room for the largest of them. All processes must call it, in the same order.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(arrays)
+    return jax.tree.map(lambda x: jax.device_get(gather(x)), arrays)
 
 
 def place(mesh: Mesh, arrays):

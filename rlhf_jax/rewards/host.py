@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
+from rlhf_jax import sharding
 from rlhf_jax.data.batches import Examples
 from rlhf_jax.data.schema import Example
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -23,13 +23,17 @@ Reward = Callable[[list[str], list[str], list[Example]], Sequence[float]]
 def scores(
     reward: Reward, tokenizer: Tokenizer, examples: Examples, samples: Any, index: Any
 ) -> Float[np.ndarray, " B"]:
-    """The reward of each sample, on the host. [B]
+    """The reward of each sample that this process's devices hold, on the host. [B]
+
+    With several processes each scores its own rows; `sharding.put_rows` puts the scores together.
+    Processes that hold the same rows (where the mesh splits tensors across them) all score them,
+    and must come to the same scores.
 
     `samples` have `tokens`, `attend` and `mask` [B, T]; `index` [B] are the numbers of their
     prompts.
     Raises ValueError, naming the response, unless the reward gives one finite number for each.
     """
-    samples, index = jax.device_get((samples, index))
+    samples, index = sharding.own_rows((samples, index))
     prompts, responses = rollout.texts(tokenizer, samples)
     rows = [examples.sources[i % len(examples)] for i in index.tolist()]
     returned = reward(prompts, responses, rows)
