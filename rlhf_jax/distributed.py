@@ -29,6 +29,7 @@ from rlhf_jax.training.metrics import flat
 
 # How long a process that ends waits for the others to end before the run is given up, seconds.
 SHUTDOWN_SECONDS = 30
+CLOUD_TPU = "Cloud TPU"
 BAD_INPUT = 2  # the exit code, as in `launch.Exit`
 
 
@@ -72,19 +73,30 @@ def start(flags: Flags) -> None:
                 initialization_timeout=2 * flags.timeout + 60,
                 shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             )
-        except RuntimeError as error:
-            used = "before any JAX" in str(error)
-            why = str(error).splitlines()[0]
+        except ValueError as error:  # jax finds no address, or no numbers
+            if flags.coordinator is None and _environment() == CLOUD_TPU:
+                return  # a TPU that belongs to no pod
             raise ValueError(
-                "devices have been used already, so that the processes cannot be joined any more; "
-                "call launch, or jax.distributed.initialize, before anything else"
-                if used
-                else f"{where}: the processes could not be joined ({why})"
+                f"jax does not find the other processes ({_first_line(error)}); name them by "
+                "--coordinator, --num-processes and --process-id, or look for none by "
+                "--num-processes 1"
             ) from error
+        except RuntimeError as error:
+            if "before any JAX" in str(error):
+                raise ValueError(
+                    "devices have been used already, so that the processes cannot be joined any "
+                    "more; call launch, or jax.distributed.initialize, before anything else"
+                ) from error
+            why = _first_line(error)
+            raise ValueError(f"{where}: the processes could not be joined ({why})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 @contextlib.contextmanager
-def _deadline(seconds: float, code: int, message: str) -> Iterator[None]:
+def _deadline(seconds: int, code: int, message: str) -> Iterator[None]:
     """Ends the process with a line on stderr unless the body is done in time."""
 
     def end() -> None:
@@ -154,7 +166,7 @@ def _environment() -> str | None:
         return "SLURM"
     tpu = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"))
     if tpu and importlib.util.find_spec("libtpu") and variables.get("JAX_PLATFORMS") != "cpu":
-        return "Cloud TPU"
+        return CLOUD_TPU
     return None
 
 

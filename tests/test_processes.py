@@ -1,6 +1,5 @@
-"""Several processes: two with four devices each do what one with eight does; bad starts are told."""
+"""Several processes: two with four devices do what one with eight does; bad starts are refused."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -9,21 +8,20 @@ import socket
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 import toy_run
 
-from rlhf_jax import config as configuration
 from rlhf_jax import distributed, processes, sharding
 from rlhf_jax.data import batches
 from rlhf_jax.launch import launch
 from rlhf_jax.models import huggingface
+from rlhf_jax.models.huggingface import files
 
 HERE = pathlib.Path(__file__).parent
-# Half the seconds of compiling; what is computed is the same to rounding.
-QUICK = "--xla_backend_optimization_level=0"
 
 
 def start(program, *arguments, folder, devices):
@@ -32,7 +30,7 @@ def start(program, *arguments, folder, devices):
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, str(HERE / program), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -82,11 +80,15 @@ def assert_same_metrics(workdir, other, count):
     found, expected = metrics(workdir), metrics(other)
     assert found.keys() == expected.keys() and len(found) == count
     for step, values in expected.items():
-        assert found[step].keys() == values.keys()
-        for name, value in values.items():
-            # Sums of hundreds of log-probabilities, whose rounding is absolute.
-            bound = 2e-6 if name.startswith(("objective/kl", "check/", "policy/approxkl")) else 0
-            np.testing.assert_allclose(found[step][name], value, rtol=1e-5, atol=bound + 1e-6)
+        assert_close(found[step], values)
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        # A KL is the small difference of two sums of some 40 nats, whose rounding it has.
+        nats = 1e-5 if "kl" in name else 1e-6
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=nats, err_msg=name)
 
 
 def assert_same_model(folder, other):
@@ -101,12 +103,11 @@ def assert_same_model(folder, other):
 
 def test_every_stage_of_two_processes_reports_what_one_process_reports(runs):
     two, one = runs
-    assert_same_metrics(two, one, 4 + 4 + 2)  # steps of SFT, reward model and PPO
+    assert_same_metrics(two, one, 4 + 4 + 3)  # steps of SFT, reward model and PPO
     found, expected = (json.loads((x / "summary.json").read_text()) for x in runs)
     assert found["in_python"] == expected["in_python"]
     for stage in ("sft", "reward_model", "ppo"):
-        for name, value in expected[stage].items():
-            np.testing.assert_allclose(found[stage][name], value, rtol=1e-5, err_msg=name)
+        assert_close(found[stage], expected[stage])
     texts = [(x / "samples.jsonl").read_text() for x in runs]
     assert texts[0] == texts[1] != ""
 
@@ -119,14 +120,14 @@ def test_the_exported_models_are_those_of_one_process(runs):
         assert files[0] == files[1] and "config.json" in files[0]
 
 
-def test_one_process_continues_what_two_began(runs, tmp_path):
-    longer = dataclasses.replace(toy_run.config.ppo, num_iterations=3)
-    config = dataclasses.replace(toy_run.config, ppo=longer)
-    for run in runs:
-        shutil.copytree(run, tmp_path / run.name)
-        launch(toy_run.run, config, ["--workdir", str(tmp_path / run.name)])
-    assert_same_metrics(tmp_path / "two", tmp_path / "one", 4 + 4 + 3)
-    assert_same_model(tmp_path / "two/export/policy", tmp_path / "one/export/policy")
+def test_one_process_continues_from_the_checkpoint_of_two(runs, tmp_path):
+    two, one = runs
+    shutil.copytree(two, tmp_path / "two")
+    shutil.rmtree(tmp_path / "two/checkpoints/ppo/3")
+    (tmp_path / "two/summary.json").unlink()
+    launch(toy_run.run, toy_run.config, ["--workdir", str(tmp_path / "two")])
+    assert_same_metrics(tmp_path / "two", one, 4 + 4 + 3)
+    assert_same_model(tmp_path / "two/export/policy", one / "export/policy")
 
 
 # ------------------------------------------------------------------------------- what is refused
@@ -201,7 +202,7 @@ def test_a_coordinator_that_is_not_there_is_told_with_the_seconds_waited(tmp_pat
     {
         "--num-processes 2": "--num-processes and --process-id need --coordinator host:port",
         "--process-id 0": "--num-processes and --process-id need --coordinator host:port",
-        "--coordinator here --num-processes 2 --process-id 0": "--coordinator here is not host:port",
+        "--coordinator a --num-processes 2 --process-id 0": "--coordinator a is not host:port",
         "--coordinator a:1 --num-processes 2": "--coordinator needs --num-processes and",
         "--coordinator a:1 --num-processes 2 --process-id 2": "--process-id 2 is not in 0..1",
         "--coordinator a:1 --num-processes 2 --process-id 0": "devices have been used already",
@@ -238,6 +239,21 @@ def test_jax_is_asked_to_join_where_a_scheduler_has_started_several(monkeypatch,
     assert calls == [(None, None, None)] * asked  # jax finds the addresses itself
     distributed.start(distributed.Flags(num_processes=1))
     assert len(calls) == asked
+
+
+def test_a_launcher_that_jax_does_not_know_is_told_with_the_remedy(monkeypatch):
+    """Open MPI 5, for one, says how many there are and not where."""
+
+    def initialize(*arguments, **options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    told = r"does not find .* \(coordinator_address should be defined\); name them by --coord"
+    with pytest.raises(ValueError, match=told):
+        distributed.start(distributed.Flags())
+    monkeypatch.setattr(distributed, "_environment", lambda: distributed.CLOUD_TPU)
+    distributed.start(distributed.Flags())  # a TPU of one host, outside of Google's cloud
 
 
 # ---------------------------------------------------------------------- what they tell each other
@@ -295,28 +311,73 @@ def test_an_error_of_process_0_is_every_process_s(monkeypatch):
 
 
 class Chip:
-    """A device of some process, of which only the number counts here."""
+    """A device of some process."""
 
-    def __init__(self, process_index):
-        self.process_index = process_index
+    platform = device_kind = "chip"
+
+    def __init__(self, number, process_index):
+        self.id, self.process_index = number, process_index
 
 
 @pytest.mark.parametrize(
     "owners, shape, mine, expected",
     [
-        ([0, 0, 1, 1], (1, 4, 1), 1, [4, 5, 6, 7]),  # rows in order of the processes
-        ([0, 1, 1, 0], (1, 4, 1), 0, [0, 1, 6, 7]),  # as a torus may order them
-        ([0, 0, 1, 1], (1, 2, 2), 1, [4, 5, 6, 7]),  # both devices hold the same rows
-        ([0, 0, 1, 1], (1, 1, 4), 1, list(range(8))),  # tensors across the processes
+        ([0, 0, 1, 1], (1, 4, 1), 1, [4, 5, 6, 7]),  # rows in the order of the processes
+        ([0, 1, 1, 0], (1, 4, 1), 0, [0, 1, 6, 7]),  # as the wires of a slice may order them
+        ([0, 0, 1, 1], (1, 2, 2), 1, [4, 5, 6, 7]),  # two devices hold the same rows
+        ([0, 0, 1, 1], (1, 1, 4), 1, list(range(8))),  # tensors are split across processes
         ([0, 0, 1, 1], (2, 1, 2), 0, [0, 1, 2, 3]),
     ],
 )
 def test_a_process_reads_the_rows_that_its_devices_hold(owners, shape, mine, expected, monkeypatch):
-    class Mesh:
-        devices = np.array([Chip(owner) for owner in owners]).reshape(shape)
-
-    Mesh.shape = dict(zip(sharding.AXES, shape))
+    chips = np.empty(len(owners), object)
+    chips[:] = [Chip(i, owner) for i, owner in enumerate(owners)]
+    mesh = jax.sharding.Mesh(chips.reshape(shape), sharding.AXES)
     monkeypatch.setattr(jax, "process_index", lambda: mine)
-    monkeypatch.setattr(sharding, "row_shards", lambda mesh: shape[0] * shape[1])
-    rows = sharding.process_rows.__wrapped__ if False else sharding.process_rows
-    assert rows(Mesh, 8).tolist() == expected
+    assert sharding.process_rows(mesh, 8).tolist() == expected
+
+
+def test_the_rows_of_a_process_are_put_and_read_back():
+    """One process holds all of them; two are in the whole run above."""
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    batch = {"tokens": np.arange(24).reshape(8, 3), "index": np.arange(8), "none": None}
+    placed = sharding.put_rows(mesh, batch)
+    assert placed["tokens"].sharding.spec == sharding.rows(mesh).spec
+    for read in (sharding.own_rows(placed), sharding.to_host(sharding.gather(placed))):
+        assert read["none"] is None
+        np.testing.assert_array_equal(read["tokens"], batch["tokens"])
+        np.testing.assert_array_equal(read["index"], batch["index"])
+
+
+def test_a_model_folder_is_read_in_the_slices_that_the_devices_hold(tmp_path, monkeypatch):
+    """With tensors divided over eight devices no read is more than an eighth of a large one."""
+    model = toy_run.tiny.model()
+    huggingface.save(tmp_path / "m", model)
+    read, opened = {}, files.open_folder
+
+    class Watched(NamedTuple):
+        handle: object
+        name: str
+
+        def get_shape(self):
+            return self.handle.get_shape()
+
+        def get_dtype(self):
+            return self.handle.get_dtype()
+
+        def __getitem__(self, index):
+            part = self.handle[index]
+            read.setdefault(self.name, []).append(part.size)
+            return part
+
+    def watching(*arguments):
+        found = opened(*arguments)
+        return {k: x._replace(handle=Watched(x.handle, k)) for k, x in found.items()}
+
+    monkeypatch.setattr(files, "open_folder", watching)
+    loaded = huggingface.load(tmp_path / "m", sharding.make_mesh(fsdp=4, tensor=2))
+    assert toy_run.tiny.equal(loaded.weights, model.weights)
+    for name, sizes in read.items():
+        whole = sum(sizes)
+        assert len(sizes) == (1 if "norm" in name else 8), name
+        assert max(sizes) * len(sizes) == whole

@@ -16,6 +16,10 @@ from rlhf_jax.data import batches, builders
 from rlhf_jax.launch import launch
 from rlhf_jax.rewards import host
 from rlhf_jax.sampling import Sampling
+from rlhf_jax.training.state import OptimizerConfig
+
+# A small rate, because Adam's first steps blow up the rounding of small gradients.
+ADAM = OptimizerConfig(learning_rate=1e-3, schedule="constant")
 
 
 class Config(configuration.Config):
@@ -29,17 +33,17 @@ class Config(configuration.Config):
 
 
 config = Config(
-    sft=sft.Config(num_steps=4, batch_size=8, optimizer=tiny.ADAM, save_every=2, eval_every=2),
-    reward_model=reward_model.Config(num_steps=4, batch_size=8, optimizer=tiny.ADAM),
+    sft=sft.Config(num_steps=4, batch_size=8, optimizer=ADAM, save_every=2, eval_every=2),
+    reward_model=reward_model.Config(num_steps=4, batch_size=8, optimizer=ADAM),
     # Four prompts an iteration, twice each: eight rows on eight devices.
     ppo=ppo.Config(
-        num_iterations=2,
+        num_iterations=3,
         batch_size=4,
         samples_per_prompt=2,
         sampling=Sampling(max_new_tokens=8),
         num_epochs=2,
-        policy_optimizer=tiny.ADAM,
-        critic_optimizer=tiny.ADAM,
+        policy_optimizer=ADAM,
+        critic_optimizer=ADAM,
         save_every=1,
     ),
 )

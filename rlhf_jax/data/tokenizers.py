@@ -344,7 +344,7 @@ def _filler(unknown: int | None, special: set[int | None], size: int) -> int:
 
 
 def _token_id(
-    backend: tokenizers.Tokenizer, settings: dict[str, Any], name: str, folder: pathlib.Path
+    backend: tokenizers.Tokenizer, settings: dict[str, Any], name: str, folder: storage.Path
 ) -> int | None:
     token = settings.get(name)
     if token is None:

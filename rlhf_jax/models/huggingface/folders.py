@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 import re
 from typing import Any, Literal
@@ -179,7 +180,7 @@ def _put(tensor: np.ndarray, where: jax.sharding.Sharding | None) -> jax.Array:
 
 
 def save(
-    folder: str | pathlib.Path,
+    folder: str | os.PathLike,
     model: transformer.Model,
     *,
     like: str | pathlib.Path | dict[str, Any] | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 from typing import Any, Literal
 
@@ -184,7 +185,7 @@ def _kernels(weights: dict, family):
 
 
 def save_adapter(
-    folder: str | pathlib.Path,
+    folder: str | os.PathLike,
     model: transformer.Model,
     *,
     like: str | pathlib.Path,
