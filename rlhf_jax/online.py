@@ -493,6 +493,7 @@ def _iterate(
     samples, index = programs.sample(config, params, state.iteration, batch)
     rollout = programs.judge(config, params, samples, index)
     if host_scores is not None:  # while the device runs `judge`
-        rollout = rollout._replace(scores=sharding.put_rows(mesh, host_scores(samples, index)))
+        scores = sharding.put_own_rows(mesh, host_scores(samples, index), config.num_responses)
+        rollout = rollout._replace(scores=scores)
     state, metrics = programs.update(config, state, frozen, rollout)
     return state, loop.Outcome(metrics, metrics["num_tokens"], rollout)

@@ -202,22 +202,60 @@ def put_rows(mesh: Mesh, batch):
 
 
 def own_rows(arrays):
-    """The rows that `put_rows` would be given, on the host: those that this process's devices hold.
+    """The rows of arrays split by rows that this process answers for, on the host.
 
-    `arrays` are split by rows. Nothing is communicated, and with one process these are all rows.
+    Every row belongs to one process, also where `tensor` reaches across processes and several hold
+    it; a process may then have none. Nothing is communicated. With one process these are all rows.
     """
 
     def pieces(x):
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
             return x
-        return {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        size = x.shape[0] // row_shards(x.sharding.mesh)
+        data = {(shard.index[0].start or 0) // size: shard.data for shard in x.addressable_shards}
+        return [data[i] for i in _own_shards(x.sharding.mesh)]
 
-    def join(x):
-        return np.concatenate([x[start] for start in sorted(x)]) if isinstance(x, dict) else x
+    def join(x, found):
+        if isinstance(found, list):
+            return np.concatenate(found) if found else np.zeros((0, *x.shape[1:]), x.dtype)
+        return found
 
     leaves, structure = jax.tree.flatten(arrays)
     found = jax.device_get([pieces(x) for x in leaves])
-    return jax.tree.unflatten(structure, map(join, found))
+    return jax.tree.unflatten(structure, map(join, leaves, found))
+
+
+def put_own_rows(mesh: Mesh, array: np.ndarray, count: int):
+    """The inverse of `own_rows` for one array of `count` rows in all; nothing is waited for.
+
+    Where `tensor` reaches across processes, the devices send the rows to those that lack them.
+    """
+    shards = mesh.devices.reshape(row_shards(mesh), -1)
+    if all(x.process_index == shard[0].process_index for shard in shards for x in shard):
+        return put_rows(mesh, array)
+    own, size = _own_shards(mesh), count // len(shards)
+
+    def piece(index):
+        if index[0].start:  # not the first device of the row shard
+            return np.zeros((1, size, *array.shape[1:]), array.dtype)
+        begin = own.index((index[1].start or 0) // size) * size
+        return array[None, begin : begin + size]
+
+    copies = (mesh.shape["tensor"], count, *array.shape[1:])
+    found = jax.make_array_from_callback(copies, NamedSharding(mesh, P("tensor", ROWS)), piece)
+    return _first_copy(rows(mesh))(found)
+
+
+@functools.lru_cache
+def _first_copy(sharding: NamedSharding) -> Callable:
+    return jax.jit(lambda x: x[0], out_shardings=sharding)
+
+
+def _own_shards(mesh: Mesh) -> list[int]:
+    """The numbers of the row shards of which this process holds the first device."""
+    here = jax.process_index()
+    shards = mesh.devices.reshape(row_shards(mesh), -1)
+    return [i for i, shard in enumerate(shards) if shard[0].process_index == here]
 
 
 def gather(arrays):

@@ -9,7 +9,7 @@ import numpy as np
 import tiny
 
 from rlhf_jax import config as configuration
-from rlhf_jax import evaluation, folders, pipeline, sharding
+from rlhf_jax import evaluation, folders, pipeline, processes, sharding
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.config import Source, Whole
 from rlhf_jax.data import batches, builders
@@ -49,25 +49,26 @@ config = Config(
 )
 
 
-def scored_in_python(context, exam, policy):
-    """The scores of a reward in Python for answers that are split over the processes, in order."""
+def scored_in_python(mesh, exam, answers):
+    """The scores of a reward in Python for eight answers that are split over a mesh, in order."""
     asked = []
 
-    def longest(prompts, responses, rows):
+    def length_and_prompt(prompts, responses, rows):
         assert prompts == [row.prompt for row in rows]
         asked.extend(prompts)
-        return [
-            len(response.encode()) + ord(prompt[0]) for prompt, response in zip(prompts, responses)
-        ]
+        return [len(r.encode()) + 100.0 * ord(p[0]) for p, r in zip(prompts, responses)]
 
-    whole = evaluation.answer(exam, policy)
-    places = sharding.process_rows(context.mesh, 8)
-    rows = jax.tree.map(lambda x: np.resize(x, (8, *x.shape[1:]))[places], whole)
+    places = sharding.process_rows(mesh, 8)
+    rows = jax.tree.map(lambda x: np.resize(x, (8, *x.shape[1:]))[places], answers)
     index = np.arange(8)[places] % len(exam.prompts.examples)
-    samples, index = sharding.put_rows(context.mesh, (rows, index))
-    scores = host.scores(longest, exam.tokenizer, exam.prompts.examples, samples, index)
-    assert len(asked) == len(scores) == 8 // jax.process_count()
-    return sharding.to_host(sharding.put_rows(context.mesh, scores)).tolist()
+    samples, index = sharding.put_rows(mesh, (rows, index))
+    scores = host.scores(length_and_prompt, exam.tokenizer, exam.prompts.examples, samples, index)
+    assert len(asked) == len(scores)
+    counts = processes.texts(str(len(asked)))
+    assert sum(map(int, counts)) == 8  # each answer once, by whichever process
+    placed = sharding.put_own_rows(mesh, scores, 8)
+    assert placed.sharding == sharding.rows(mesh)
+    return sharding.to_host(placed).tolist()
 
 
 def run(config, context):
@@ -113,7 +114,13 @@ def run(config, context):
     evaluation.show(context.log, compared, 2)
     summary["ppo"] = evaluation.summarise(compared)
     folders.export(context.workdir / "export" / "policy", trained, tiny.TOKENIZER)
-    summary["in_python"] = scored_in_python(context, exam, trained)
+    read = folders.load(context.workdir / "export" / "policy", context.mesh).model
+    assert tiny.equal(*map(sharding.to_host, (read.weights, trained.weights)))
+    answers = evaluation.answer(exam, trained)
+    # Rows over both processes, and tensors over both: then the first one scores for the other.
+    for mesh in (context.mesh, sharding.make_mesh(fsdp=1, tensor=8)):
+        scores = scored_in_python(mesh, exam, answers)
+        summary[f"in Python, tensor={mesh.shape['tensor']}"] = scores
     return summary
 
 
