@@ -28,6 +28,7 @@ setup(
         "flax>=0.12",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.20",
+        "etils[epath]>=1.9",
         "tensorflow-datasets>=4.9.9",
         "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without requiring it
         "array_record>=0.7",

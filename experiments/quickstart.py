@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rlhf_jax import abstract, evaluation, pipeline
+from rlhf_jax import abstract, evaluation, pipeline, processes
 from rlhf_jax import config as configuration
 from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import ppo, reward_model, sft
@@ -104,7 +104,7 @@ def run(config: Config, context: Context) -> dict:
     held_out = builders.load(made.demonstrations, "train[95%:]")
     texts = (row["prompt"] + row["completion"] for row, _ in train)
     tokenizer = tokenizers.train_bpe(texts, config.model.vocab_size)
-    tokenizer.save(context.workdir / "tokenizer")
+    processes.first(lambda: tokenizer.save(context.workdir / "tokenizer"))
     sizes = (tokenizer, MAX_PROMPT, MAX_RESPONSE)
     demonstrations = pipeline.Split(
         *(batches.demonstrations(part, *sizes) for part in (train, held_out))

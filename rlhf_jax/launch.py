@@ -23,7 +23,7 @@ from typing import Annotated, NamedTuple, NoReturn
 import jax
 import tyro
 
-from rlhf_jax import plan, sharding, workdir
+from rlhf_jax import distributed, plan, processes, sharding, storage, workdir
 from rlhf_jax.abstract import Program
 from rlhf_jax.config import Config
 from rlhf_jax.models.transformer import AS_CONFIGURED, Compute, Precision, Remat
@@ -44,7 +44,7 @@ class Exit(enum.IntEnum):
 class Context(NamedTuple):
     """What `run(config, context)` gets from the command line besides its configuration."""
 
-    workdir: Path  # the folder of this run
+    workdir: storage.Path  # the folder of this run
     log: Log  # of this run, writing to the workdir
     mesh: jax.sharding.Mesh
     data: Path | None  # the folder of real data; None where nobody named one
@@ -67,8 +67,8 @@ def launch(
     is refused (see `workdir`).
 
     With `--plan v5e:4x4` nothing is run or written. The programs of the experiment, which
-    `programs(config, context)` lists with the shapes that `run` calls them with, are compiled for that
-    slice and what they need is printed (see `plan`); the summary is then {}.
+    `programs(config, context)` lists with the shapes that `run` calls them with, are compiled for
+    that slice and what they need is printed (see `plan`); the summary is then {}.
 
     On an error it prints one line to stderr, with `--debug` the traceback too, and exits
     (SystemExit) with a code of `Exit`.
@@ -90,33 +90,47 @@ def launch(
 
 
 def _launch(run: Callable, flags) -> dict:
-    config, experiment = flags.config, experiment_name(run)
-    compute = _compute(flags)
+    distributed.start(
+        distributed.Flags(
+            flags.coordinator, flags.num_processes, flags.process_id, flags.coordinator_timeout
+        )
+    )
+    context, described = processes.everywhere(lambda: _prepare(run, flags))
+    folder, log, mesh = context.workdir, context.log, context.mesh
+    distributed.check_same(described | {"mesh": dict(mesh.shape)})
+    summary = processes.first(lambda: workdir.compare(folder, described))
+    if summary is not None:
+        log.print(f"{folder} is finished; nothing to train")
+    else:
+        workdir.check_shared(folder)
+        with workdir.restored_on_failure(folder, log) as found:
+            processes.first(lambda: workdir.begin(folder, described, mesh))
+            log.print(f"{described['experiment']}: {folder}")
+            try:
+                summary = plain(run(flags.config, context))
+            except KeyboardInterrupt as error:
+                raise KeyboardInterrupt(_how_to_continue(found.empty, folder, log)) from error
+        processes.first(lambda: workdir.finish(folder, summary))
+    processes.first(lambda: _show(log, summary))
+    return summary
+
+
+def _prepare(run: Callable, flags) -> tuple[Context, dict]:
+    """What `run` is given besides its configuration, and the description of the run."""
     mesh = sharding.make_mesh(**_mesh_sizes(flags.mesh))
     data = _data_folder(flags.data)
     if flags.profile < 0:
         raise ValueError(f"--profile {flags.profile}: the number of steps must be at least 0")
     if flags.workdir is None and jax.process_count() > 1:
         raise ValueError("--workdir is missing: several processes need the same one; name it")
-    folder = workdir.new_folder(experiment) if flags.workdir is None else flags.workdir
-    described = workdir.describe(experiment, config, data, folder, flags.dtype)
-    summary = workdir.compare(folder, described)
-    log = Log(folder, profile_steps=flags.profile)
-    if summary is not None:
-        log.print(f"{folder} is finished; nothing to train")
+    experiment = experiment_name(run)
+    if flags.workdir is None:
+        folder = workdir.new_folder(experiment)
     else:
-        with workdir.restored_on_failure(folder, log) as found:
-            if log.writes:
-                workdir.begin(folder, described, mesh)
-            log.print(f"{experiment}: {folder}")
-            try:
-                summary = plain(run(config, Context(folder, log, mesh, data, compute)))
-            except KeyboardInterrupt as error:
-                raise KeyboardInterrupt(_how_to_continue(found.empty, folder, log)) from error
-        if log.writes:
-            workdir.finish(folder, summary)
-    _show(log, summary)
-    return summary
+        folder = storage.path(flags.workdir)
+    log = Log(folder, profile_steps=flags.profile)
+    described = workdir.describe(experiment, flags.config, data, folder, flags.dtype)
+    return Context(folder, log, mesh, data, _compute(flags)), described
 
 
 def _compute(flags) -> Compute:
@@ -130,7 +144,7 @@ def _plan(run: Callable, programs: Callable | None, flags) -> dict:
     jax.config.update("jax_platforms", "cpu")
     devices = plan.topology(flags.plan)
     mesh = sharding.make_mesh(**_mesh_sizes(flags.mesh), devices=devices)
-    context = Context(Path(), Log(), mesh, _data_folder(flags.data), _compute(flags))
+    context = Context(storage.path("."), Log(), mesh, _data_folder(flags.data), _compute(flags))
     title = f"{experiment_name(run)} on {flags.plan}"
     too_large = plan.report(title, programs(flags.config, context), mesh, context.log.print)
     if too_large is not None:
@@ -138,7 +152,7 @@ def _plan(run: Callable, programs: Callable | None, flags) -> dict:
     return {}
 
 
-def _how_to_continue(was_empty: bool, folder: Path, log: Log) -> str:
+def _how_to_continue(was_empty: bool, folder: storage.Path, log: Log) -> str:
     if was_empty and not log.trained:
         return " before the first step; nothing is kept"
     return f"; the same command with --workdir {folder} continues from the last checkpoint"
@@ -172,7 +186,7 @@ def _parse(config: Config, argv: list[str] | None):
     """The flags, `config` among them; exits with 0 after --help and 2 on a wrong flag."""
     arg = tyro.conf.arg
     own = (
-        ("workdir", Path | None, None, "DIR", "where the run lives [default: new, under runs/]"),
+        ("workdir", str | None, None, "DIR", "where the run lives [default: new, under runs/]"),
         ("data", Path | None, None, "DIR", "folder of real data [default: $RLHF_JAX_DATA]"),
         ("mesh", str, "", "SIZES", f"such as {_mesh_example()} [default: all devices]"),
         ("plan", str, "", "SLICE", "such as v5e:4x4: only compile for it, and print what it takes"),
@@ -180,6 +194,10 @@ def _parse(config: Config, argv: list[str] | None):
         ("dtype", Precision | None, None, None, "of matrix products [default: as configured]"),
         ("remat", Remat | None, None, None, "what a backward pass recomputes to save memory"),
         ("scan_layers", bool | None, None, None, "compile one layer and loop over it in training"),
+        ("coordinator", str | None, None, "HOST:PORT", "process 0, of several [default: detected]"),
+        ("num_processes", int | None, None, "N", "how many there are; 1 looks for no others"),
+        ("process_id", int | None, None, "I", "which of them this is, from 0"),
+        ("coordinator_timeout", int, 300, "SECONDS", "how long to wait for all of them"),
     )
     taken = {name for name, *_ in own} | {"debug", "config"}
     for field in dataclasses.fields(config):
@@ -277,5 +295,6 @@ def _one_line(error: Exception, hint: str = " (--debug shows where)") -> str:
 def _fail(code: Exit, message: str, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    print(message, file=sys.stderr, flush=True)
+    distributed.fail(code)
     raise SystemExit(code)

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from rlhf_jax import config, losses, sharding
+from rlhf_jax import config, sharding, shards
 from rlhf_jax.config import Count, Positive, Whole, explained_tracing
 from rlhf_jax.data import loader
 from rlhf_jax.data.batches import Loader, Prompts
@@ -218,41 +218,6 @@ def forward(config: Config, params: dict, batch: Any) -> Outputs:
     )
 
 
-def measurements(rollout: Rollout) -> dict[str, Array]:
-    """Metrics of any rollout, under the names that TRL gives the same quantities.
-
-    KL and entropy are summed over the tokens of a response and averaged over responses.
-    "objective/entropy" is the estimate -log p of what was sampled, as in TRL;
-    "objective/token_entropy" is exact, in nats per token. `docs/conventions.md` lists them all.
-    """
-    mask = rollout.mask
-    both = {"logprobs": rollout.old_logprobs, "ref_logprobs": rollout.ref_logprobs}
-    return {
-        "objective/kl": jnp.mean(jnp.sum(losses.kl_k1(**both) * mask, axis=1)),
-        "objective/kl_k3": jnp.mean(jnp.sum(losses.kl_k3(**both) * mask, axis=1)),
-        "objective/entropy": jnp.mean(-jnp.sum(rollout.old_logprobs * mask, axis=1)),
-        "objective/token_entropy": losses.masked_mean(rollout.entropy, mask),
-        "objective/scores": jnp.mean(rollout.scores),
-        "objective/scores_std": jnp.std(rollout.scores),
-        "objective/length": jnp.mean(rollout.lengths.astype(jnp.float32)),
-        "num_tokens": jnp.sum(rollout.lengths),
-        "val/num_eos_tokens": jnp.sum(rollout.finished),
-    }
-
-
-def gaps(rollout: Rollout) -> dict[str, Array]:
-    """How far computations of the same log-probabilities disagree, nats: see `check`."""
-
-    def gap(other: Float[Array, "B T"]) -> Float[Array, "B T"]:
-        return jnp.abs(rollout.old_logprobs - other) * rollout.mask
-
-    return {
-        "check/logprob_gap": jnp.max(gap(rollout.forward_logprobs)),
-        "check/sampler_gap": losses.masked_mean(gap(rollout.sampler_logprobs), rollout.mask),
-        "check/reference_gap": jnp.max(gap(rollout.ref_logprobs)),
-    }
-
-
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """One transformation per network, each with its own clipping; built inside compiled steps."""
     parts = {
@@ -302,7 +267,7 @@ def update(
 
     def update_once(train, rows):
         minibatch = jax.tree.map(lambda x: x[rows], batch)
-        minibatch = sharding.constrain_rows(minibatch, name="rows or groups per minibatch")
+        minibatch = shards.constrain_rows(minibatch, name="rows or groups per minibatch")
         return training.gradient_step(loss_of, optimizer, train, frozen, minibatch)
 
     def epoch(train, key):
@@ -312,7 +277,7 @@ def update(
     keys = jax.random.split(iteration_key(config, state.iteration, 1), config.num_epochs)
     rate = training.schedule(config.policy_optimizer, config.num_updates)(state.train.step)
     train, steps = jax.lax.scan(epoch, state.train, keys)
-    metrics = measurements(rollout) | gaps(rollout) | metrics
+    metrics = rollouts.measurements(rollout) | rollouts.gaps(rollout) | metrics
     metrics |= {name: jnp.mean(values) for name, values in steps.items()}
     if "policy/approxkl_avg" in steps:
         metrics["check/first_approxkl"] = steps["policy/approxkl_avg"][0, 0]
@@ -435,6 +400,9 @@ def run(
     score = _check_inputs(algorithm.name, config, mesh, prompts, scorer, score, reward)
     loop.check_evaluation(config.eval_every, evaluate)
     drawing = Drawing(tokenizer.ends, choose, processors)
+    # Repeated where they are read: responses have to divide over the mesh, prompts need not.
+    places = np.repeat(np.arange(config.batch_size), config.samples_per_prompt)
+    prompts = prompts.reading(places[sharding.process_rows(mesh, config.num_responses)])
     with jax.set_mesh(mesh):
         trainable, bases = partition.partition(algorithm.networks(config, policy, critic))
         given = sharding.place(mesh, {"reference": policy, "scorer": scorer, **bases})
@@ -492,14 +460,16 @@ def _iterate(
     state: State,
     batch: Prompts,
 ) -> tuple[State, loop.Outcome]:
-    """One iteration: enqueues its three programs, and runs a reward in Python between them."""
+    """One iteration: enqueues its three programs, and runs a reward in Python between them.
+
+    `batch` has a row for each response.
+    """
     params = partition.combine(frozen, state.train.trainable)
-    # On the host, so that the responses have to divide over the mesh and the prompts need not.
-    batch = jax.tree.map(lambda x: np.repeat(x, config.samples_per_prompt, axis=0), batch)
     batch = sharding.put_rows(mesh, batch)
     samples, index = programs.sample(config, params, state.iteration, batch)
     rollout = programs.judge(config, params, samples, index)
     if host_scores is not None:  # while the device runs `judge`
-        rollout = rollout._replace(scores=sharding.put_rows(mesh, host_scores(samples, index)))
+        scores = sharding.put_own_rows(mesh, host_scores(samples, index), config.num_responses)
+        rollout = rollout._replace(scores=scores)
     state, metrics = programs.update(config, state, frozen, rollout)
     return state, loop.Outcome(metrics, metrics["num_tokens"], rollout)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlhf_jax import evaluation, sharding
+from rlhf_jax import evaluation, processes, sharding
 from rlhf_jax import online as online_algorithms
 from rlhf_jax.config import Config, fold_seed
 from rlhf_jax.data import batches, mixing, tokenizers
@@ -202,8 +202,13 @@ def exam(
 
 
 def introduce(context: Context, data: Split, tokenizer: Tokenizer) -> None:
-    """Prints what was read, kept and dropped, and one example with its loss mask."""
+    """Prints what was read, kept and dropped, and one example with its loss mask.
+
+    Raises ValueError where processes of one run have read different data.
+    """
     name = type(data.train[0]).__name__.lower()
+    for part, examples in (("", data.train), (", held out", data.held_out)):
+        processes.agree(f"the data ({name}{part})", lambda x=examples: x.fingerprint())
     context.log.print(f"{name}: {batches.describe(data.train.counts)}")
     context.log.print(f"{name}, held out: {batches.describe(data.held_out.counts)}")
     if isinstance(data.train[0], batches.Demonstrations):

@@ -1,19 +1,20 @@
-"""How arrays are divided over devices: the mesh, the rules, and constraints inside programs.
+"""How arrays are divided over devices: the mesh, the rules, and where arrays are put.
 
 A mesh has three axes. `data` splits the batch and replicates the parameters; `fsdp` splits both the
 batch and the parameters; `tensor` splits attention heads, hidden units and vocabulary. Only this
-module names the axes; other modules call its functions to divide arrays by rows or by `RULES`, or
-to replicate them.
+module and `shards` name the axes; other modules call their functions to divide arrays by rows or by
+`RULES`, or to replicate them.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -72,11 +73,42 @@ def make_mesh(
             f"mesh data={data},fsdp={fsdp},tensor={tensor} needs {wanted} devices, but there are "
             f"{available}; {change} a size"
         )
+    if wanted < available and devices is None and jax.process_count() > 1:
+        raise ValueError(
+            f"mesh data={data},fsdp={fsdp},tensor={tensor} uses {wanted} of {available} devices, "
+            "but several processes need all of theirs; raise a size"
+        )
     devices = jax.devices()[:wanted] if devices is None else list(devices)
+    slices = len({x.slice_index for x in devices if hasattr(x, "slice_index")})
+    if slices > 1:
+        return _mesh_of_slices((data, fsdp, tensor), devices, slices)
     # With Auto axes the compiler propagates shardings; make_mesh's default is Explicit by now.
     return jax.make_mesh(
         (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
     )
+
+
+def _mesh_of_slices(shape: tuple[int, int, int], devices: list, slices: int) -> Mesh:
+    """A mesh of devices in groups with a fast network in each and a slow one between them.
+
+    Slices of TPUs are divided along `data`, whose gradients are all that crosses between them.
+    Machines with GPUs follow each other, so that `tensor`, the innermost axis, stays in one.
+    """
+    if devices[0].platform != "tpu":
+        arranged = np.array(devices).reshape(shape)
+    elif shape[0] % slices:
+        raise ValueError(
+            f"mesh data={shape[0]}: there are {slices} slices, so data must be a multiple of that; "
+            f"use --mesh data={slices}"
+        )
+    else:
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]),
+            (slices, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
@@ -163,12 +195,132 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def process_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """The numbers of those rows of a batch of `count` that this process's devices hold, ascending.
+
+    They need not follow each other, because a mesh orders devices by how they are wired, and where
+    `tensor` reaches across processes, several of these hold the same rows. Raises ValueError if the
+    mesh does not divide the rows.
+    """
+    check_rows(mesh, rows=count)
+    return np.arange(count).reshape(row_shards(mesh), -1)[_process_shards(mesh)].reshape(-1)
+
+
+def _process_shards(mesh: Mesh) -> list[int]:
+    """The numbers of the row shards that this process's devices hold."""
+    here = jax.process_index()
+    shards = mesh.devices.reshape(row_shards(mesh), -1)
+    return [i for i, shard in enumerate(shards) if any(x.process_index == here for x in shard)]
+
+
 def put_rows(mesh: Mesh, batch):
-    """Puts a batch of host arrays onto the mesh. With several processes, each passes its rows."""
+    """Puts a batch of host arrays onto the mesh, split by rows.
+
+    With several processes each passes its own rows (`process_rows`), and nothing is communicated.
+    """
     sharding = rows(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    own, shards = _process_shards(mesh), row_shards(mesh)
+
+    def put(x):
+        size = x.shape[0] // len(own)
+
+        def piece(index):
+            begin = own.index((index[0].start or 0) // size) * size
+            return x[begin : begin + size]
+
+        return jax.make_array_from_callback((size * shards, *x.shape[1:]), sharding, piece)
+
+    return jax.tree.map(put, batch)
+
+
+def own_rows(arrays):
+    """The rows of arrays split by rows that this process answers for, on the host.
+
+    Every row belongs to one process, also where `tensor` reaches across processes and several hold
+    it; a process may then have none. Nothing is communicated. With one process these are all rows.
+    """
+
+    def pieces(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return x
+        size = x.shape[0] // row_shards(x.sharding.mesh)
+        data = {(shard.index[0].start or 0) // size: shard.data for shard in x.addressable_shards}
+        return [data[i] for i in _own_shards(x.sharding.mesh)]
+
+    def join(x, found):
+        if isinstance(found, list):
+            return np.concatenate(found) if found else np.zeros((0, *x.shape[1:]), x.dtype)
+        return found
+
+    leaves, structure = jax.tree.flatten(arrays)
+    found = jax.device_get([pieces(x) for x in leaves])
+    return jax.tree.unflatten(structure, map(join, leaves, found))
+
+
+def put_own_rows(mesh: Mesh, array: np.ndarray, count: int):
+    """The inverse of `own_rows` for one array of `count` rows in all; nothing is waited for.
+
+    Where `tensor` reaches across processes, the devices send the rows to those that lack them.
+    """
+    shards = mesh.devices.reshape(row_shards(mesh), -1)
+    if all(x.process_index == shard[0].process_index for shard in shards for x in shard):
+        return put_rows(mesh, array)
+    own, size = _own_shards(mesh), count // len(shards)
+
+    def piece(index):
+        if index[0].start:  # not the first device of the row shard
+            return np.zeros((1, size, *array.shape[1:]), array.dtype)
+        begin = own.index((index[1].start or 0) // size) * size
+        return array[None, begin : begin + size]
+
+    copies = (mesh.shape["tensor"], count, *array.shape[1:])
+    found = jax.make_array_from_callback(copies, NamedSharding(mesh, P("tensor", ROWS)), piece)
+    return _first_copy(rows(mesh))(found)
+
+
+@functools.lru_cache
+def _first_copy(sharding: NamedSharding) -> Callable:
+    return jax.jit(lambda x: x[0], out_shardings=sharding)
+
+
+def _own_shards(mesh: Mesh) -> list[int]:
+    """The numbers of the row shards of which this process holds the first device."""
+    here = jax.process_index()
+    shards = mesh.devices.reshape(row_shards(mesh), -1)
+    return [i for i, shard in enumerate(shards) if shard[0].process_index == here]
+
+
+def gather(arrays):
+    """The same arrays, readable by every process: those split over several are made whole.
+
+    This only enqueues work on the devices, each of which will hold the whole arrays. All processes
+    must call it, in the same order. With one process nothing happens.
+    """
+
+    def whole(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return _copy_to(replicated(x.sharding.mesh))(x)
+
+    return jax.tree.map(whole, arrays)
+
+
+@functools.lru_cache
+def _copy_to(sharding: NamedSharding) -> Callable:
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
+def to_host(arrays):
+    """A tree of arrays as arrays of the host, whole on every process.
+
+    Where they are split over several processes, one at a time is gathered onto every device, so the
+    devices need room for the largest of them. All processes must call it, in the same order.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(arrays)
+    return jax.tree.map(lambda x: jax.device_get(gather(x)), arrays)
 
 
 def place(mesh: Mesh, arrays):
@@ -220,199 +372,3 @@ def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     """Bytes of a shape with a sharding on one device, without the padding of layouts."""
     part = leaf.sharding.shard_shape(leaf.shape)
     return int(np.prod(part)) * jax.dtypes.canonicalize_dtype(leaf.dtype).itemsize
-
-
-def constrain_rows(x, name: str = "rows"):
-    """Inside a program: the same arrays, with their rows split over data and fsdp.
-
-    Without a mesh they are returned as they are. Raises ValueError, which calls the rows `name`, if
-    the mesh does not divide them.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    check_rows(mesh, **{name: jax.tree.leaves(x)[0].shape[0]})
-    return jax.tree.map(
-        lambda y: jax.lax.with_sharding_constraint(y, P(ROWS, *(None,) * (y.ndim - 1))), x
-    )
-
-
-def constrain(params):
-    """Inside a program: the same parameters, or their gradients, split over devices by `RULES`.
-
-    A gradient that is constrained is reduced and scattered; otherwise every device may get all of
-    it. Without a mesh nothing changes.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return params
-    return jax.tree.map_with_path(
-        lambda path, x: jax.lax.with_sharding_constraint(
-            x, spec_for(mesh, path_name(path), x.shape)
-        ),
-        params,
-    )
-
-
-def constrain_heads(x):
-    """Inside a program, [B, H, ...]: rows split over data and fsdp, heads over tensor.
-
-    Heads that the tensor axis does not divide stay whole. Without a mesh nothing changes.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    heads = "tensor" if x.shape[1] % mesh.shape["tensor"] == 0 else None
-    return jax.lax.with_sharding_constraint(x, P(ROWS, heads, *(None,) * (x.ndim - 2)))
-
-
-def platform() -> str:
-    """The kind of device that a program is compiled for: "cpu", "gpu" or "tpu".
-
-    It is that of the devices of the mesh in use, which need not be there: a program for a TPU can
-    be compiled on a machine without one. Without a mesh it is jax's default.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
-def per_shard(function: Callable, *arrays):
-    """Inside a program: `function(*arrays)`, run by each device on its own rows and heads.
-
-    Arrays are [B, H, ...] or, for all heads alike, [B, T]; the result is [B, H, ...]. Compilers
-    cannot split kernels, nor loops over rows, by themselves. Where the tensor axis does not divide
-    the heads of an array, but is a multiple of them, these are repeated, so that each device has
-    the one that its query heads share; otherwise every device computes all heads.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return function(*arrays)
-    size = mesh.shape["tensor"]
-    counts = [x.shape[1] for x in arrays if x.ndim > 2]
-    split = counts[0] % size == 0 and all(n % size == 0 or size % n == 0 for n in counts)
-
-    def repeated(x):
-        if x.ndim == 2 or not split or x.shape[1] % size == 0:
-            return x
-        return jnp.repeat(x, size // x.shape[1], axis=1)
-
-    heads = P(ROWS, "tensor" if split else None)
-    return jax.shard_map(
-        function,
-        in_specs=tuple(P(ROWS) if x.ndim == 2 else heads for x in arrays),
-        out_specs=heads,
-        check_vma=False,  # kernels do not say over which axes their results vary
-    )(*(repeated(x) for x in arrays))
-
-
-def for_decoding(params):
-    """Inside a program: parameters split over tensor and not over fsdp, as decoding reads them.
-
-    A step of decoding multiplies few rows by every weight. Weights split over fsdp would be
-    gathered for each token; these are gathered once. Without a mesh nothing changes.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return params
-
-    def constrained(path, x):
-        spec = spec_for(mesh, path_name(path), x.shape)
-        spec = P(*(axis if axis == "tensor" else None for axis in spec))
-        return jax.lax.with_sharding_constraint(x, spec)
-
-    # First as they are, or a cast before this call might be moved behind the gathering.
-    return jax.tree.map_with_path(constrained, constrain(params))
-
-
-def constrain_vocabulary(x):
-    """Inside a program, [B, n, ...]: rows split over data and fsdp, axis n over tensor.
-
-    An n that the tensor axis does not divide is not split. Without a mesh nothing changes.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    parts = "tensor" if x.shape[1] % mesh.shape["tensor"] == 0 else None
-    return jax.lax.with_sharding_constraint(x, P(ROWS, parts, *(None,) * (x.ndim - 2)))
-
-
-def take_part(parts, index):
-    """Inside a program: part `index` of each row, [B, n, ...], [B] -> [B, ...].
-
-    Parts that are split over tensor are not gathered for it: each device picks from its own, and
-    the picked parts are added up, all but one of which are 0.
-    """
-    index = index.reshape(-1, *(1,) * (parts.ndim - 1))
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["tensor"] == 1:
-        return jnp.take_along_axis(parts, index, axis=1)[:, 0]
-    numbers = jax.lax.broadcasted_iota(index.dtype, parts.shape, 1)
-    return jnp.sum(jnp.where(numbers == index, parts, 0), axis=1, dtype=parts.dtype)
-
-
-def _divided(mesh: AbstractMesh, spec: P) -> list[str | None]:
-    """The axes of a spec; None for those of one device, over which nothing is to be exchanged."""
-    return [axis if axis and mesh.shape[axis] > 1 else None for axis in spec]
-
-
-def lookup(table, ids, dtype, name: str = "embed/embedding", decoding: bool = False):
-    """Inside a program: `table[ids].astype(dtype)`, [V, D], [B, T] -> [B, T, D].
-
-    `name` is the path of the table for `RULES`. The table stays where it is: each device looks up
-    its columns for the rows of all devices that share a row of the mesh, and then they exchange
-    activations. With `decoding` the table is split as `for_decoding` splits it. The gradient adds
-    up in the type of the table.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return table[ids].astype(dtype)
-    check_rows(mesh, rows=ids.shape[0])
-    vocabulary, width = _divided(mesh, spec_for(mesh, name, table.shape))
-    if decoding:
-        width = None
-
-    def on_shard(table, ids):
-        if width:
-            ids = jax.lax.all_gather(ids, width, axis=0, tiled=True)
-        if vocabulary:
-            ids = ids - jax.lax.axis_index(vocabulary) * table.shape[0]
-            here = (ids >= 0) & (ids < table.shape[0])
-            found = table[jnp.clip(ids, 0, table.shape[0] - 1)].astype(dtype)
-            found = jax.lax.psum(jnp.where(here[..., None], found, 0), vocabulary)
-        else:
-            found = table[ids].astype(dtype)
-        if width:
-            found = jax.lax.all_to_all(found, width, split_axis=0, concat_axis=2, tiled=True)
-        return found
-
-    return jax.shard_map(
-        on_shard, in_specs=(P(vocabulary, width), P(ROWS)), out_specs=P(ROWS), check_vma=False
-    )(table, ids)
-
-
-def over_vocabulary(fn: Callable, hidden, unembedding, tokens, *numbers):
-    """Inside a program: `fn(hidden, unembedding, tokens, *numbers, vocabulary=axis)` on each shard.
-
-    hidden [B, T, D], unembedding [D, V], tokens [B, T] -> arrays [B, T]. The function gets some of
-    the rows, all of the width (gathered once, so that no loop of `fn` gathers it again), and the
-    columns of one shard of the mesh axis `vocabulary`, or all columns with `vocabulary=None`. Its
-    results must be the same on all shards of that axis.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return fn(hidden, unembedding, tokens, *numbers, vocabulary=None)
-    check_rows(mesh, rows=tokens.shape[0])
-    width, vocabulary = _divided(mesh, spec_for(mesh, "head/kernel", unembedding.shape))
-
-    def on_shard(hidden, unembedding, tokens, *numbers):
-        unembedding = unembedding.astype(hidden.dtype)
-        if width:
-            unembedding = jax.lax.all_gather(unembedding, width, axis=0, tiled=True)
-        return fn(hidden, unembedding, tokens, *numbers, vocabulary=vocabulary)
-
-    return jax.shard_map(
-        on_shard,
-        in_specs=(P(ROWS), P(width, vocabulary), P(ROWS), *(P() for _ in numbers)),
-        out_specs=P(ROWS),
-        check_vma=False,
-    )(hidden, unembedding, tokens, *numbers)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax import sharding
+from rlhf_jax import shards
 from rlhf_jax.models import stacking, transformer
 from rlhf_jax.models.transformer import Model, Trunk, jit, trunk_weights
 
@@ -39,7 +39,7 @@ def weights_for(model: Model) -> Model:
         return x.astype(model.config.dtype) if jnp.ndim(x) > 1 else x
 
     weights = {name: x for name, x in model.weights.items() if name != "score"}
-    weights = sharding.for_decoding(jax.tree.map(cast, weights))
+    weights = shards.for_decoding(jax.tree.map(cast, weights))
     return dataclasses.replace(model, weights=weights)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax import losses, sharding
+from rlhf_jax import losses, shards
 from rlhf_jax.models import layers, transformer
 from rlhf_jax.models.transformer import Model
 
@@ -59,7 +59,7 @@ def token_logprobs(
     """
     first = max(start, 1) - 1
     softcap = model.config.logit_softcap
-    logprobs, entropy = sharding.over_vocabulary(
+    logprobs, entropy = shards.over_vocabulary(
         functools.partial(losses.chunked_token_logprobs, softcap=softcap),
         hidden[:, first:],
         transformer.unembedding(model),

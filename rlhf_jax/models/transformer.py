@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax import config, sharding
+from rlhf_jax import config, shards
 from rlhf_jax.models import attention, layers, rope
 from rlhf_jax.models.attention import AttentionInputs
 
@@ -129,7 +129,7 @@ class Embed(nn.Module):
         c = self.config
         init = nn.initializers.normal(0.02)
         table = self.param("embedding", init, (c.vocab_size, c.d_model), jnp.float32)
-        x = sharding.lookup(table, tokens, c.dtype, decoding=self.decoding)
+        x = shards.lookup(table, tokens, c.dtype, decoding=self.decoding)
         if c.embed_scale:
             x = x * jnp.asarray(c.d_model**0.5, c.dtype)
         if c.positions == "learned":
@@ -137,7 +137,7 @@ class Embed(nn.Module):
             table = self.param("positions", init, rows, jnp.float32)
             at = positions + c.position_offset
             name = "embed/positions"
-            x = x + sharding.lookup(table, at, c.dtype, name, decoding=self.decoding)
+            x = x + shards.lookup(table, at, c.dtype, name, decoding=self.decoding)
         return x
 
 
@@ -170,7 +170,7 @@ class Attention(nn.Module):
                 y = _norm(c, norm)(y)
             if norm and inputs.rotary is not None:
                 y = rope.rotate(y, inputs.rotary)
-            return sharding.constrain_heads(y)
+            return shards.constrain_heads(y)
 
         query = heads("query", c.num_heads, "query_norm")
         keys = heads("key", c.num_kv_heads, "key_norm")
@@ -239,7 +239,7 @@ class Block(nn.Module):
         mixed = x + post_norm("attention_post_norm", mixed)
         mlp_input = _norm(c, "mlp_norm")(x if c.parallel else mixed)
         x = mixed + post_norm("mlp_post_norm", MLP(c, name="mlp")(mlp_input))
-        return sharding.constrain_rows(x), kv
+        return shards.constrain_rows(x), kv
 
 
 class Period(nn.Module):
@@ -274,7 +274,7 @@ class Trunk(nn.Module):
         Keys and values are those of the layers that are not stacked.
         """
         c, size = self.config, pattern(self.config)
-        x = sharding.constrain_rows(Embed(c, self.decoding, name="embed")(tokens, positions))
+        x = shards.constrain_rows(Embed(c, self.decoding, name="embed")(tokens, positions))
         if self.repeats:
             stack = nn.scan(
                 _rematerialised(c, Period, in_loop=True),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rlhf_jax import config, sharding
+from rlhf_jax import config, shards
 from rlhf_jax.data.records import Ends
 from rlhf_jax.models import decoding, transformer
 from rlhf_jax.sampling import filters
@@ -134,7 +134,7 @@ def categorical(logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Arra
     weights = filters.in_blocks(weights)
     uniforms = jax.vmap(_uniforms)(keys)
     block = _invert(filters.block_sums(weights), uniforms[:, 0])
-    inside = sharding.take_part(weights, block)
+    inside = shards.take_part(weights, block)
     return block * weights.shape[-1] + _invert(inside, uniforms[:, 1])
 
 
@@ -168,7 +168,7 @@ def _logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Float[Ar
     """Log-probability of one token per row under softmax(logits)."""
     largest = jnp.max(logits, axis=-1)
     total = filters.total(jnp.exp(logits - largest[:, None]))[:, 0]
-    return sharding.take_part(logits, tokens) - largest - jnp.log(total)
+    return shards.take_part(logits, tokens) - largest - jnp.log(total)
 
 
 def unprocessed(logits: Array, *_) -> Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax import sharding
+from rlhf_jax import shards
 
 Number = float | Array
 SHARDS = 8  # so many shards of the vocabulary hold whole blocks, and so do 4 and 2
@@ -32,12 +32,12 @@ def in_blocks(x: Float[Array, "B V"]) -> Float[Array, "B n W"]:
         )
     blocks = -(-size // width)
     padded = jnp.pad(x, ((0, 0), (0, blocks * width - size)))
-    return sharding.constrain_vocabulary(padded.reshape(-1, blocks, width))
+    return shards.constrain_vocabulary(padded.reshape(-1, blocks, width))
 
 
 def block_sums(blocks: Float[Array, "B n W"]) -> Float[Array, "B n"]:
     """The sum of each block, on every shard of the vocabulary."""
-    return sharding.constrain_rows(jnp.sum(blocks, axis=-1))
+    return shards.constrain_rows(jnp.sum(blocks, axis=-1))
 
 
 def total(x: Float[Array, "B V"]) -> Float[Array, "B 1"]:

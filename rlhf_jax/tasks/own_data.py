@@ -317,7 +317,6 @@ def run(config: Config, context: Context) -> dict:
     policy, judge = adapted(config, policy), None
 
     def export(name: str, model: Model) -> None:
-        (context.workdir / "export").mkdir(exist_ok=True)
         folders.export(context.workdir / "export" / name, model, tokenizer, base)
 
     if data.demonstrations:

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 import tyro
 
+from rlhf_jax import storage
 from rlhf_jax.data import builders
 from rlhf_jax.data import chat as templates
 from rlhf_jax.data.schema import Message, user_turn
@@ -36,7 +37,6 @@ from rlhf_jax.models.transformer import Precision
 from rlhf_jax.sampling import decode
 from rlhf_jax.sampling.decode import Sampling
 from rlhf_jax.tools import chat, pages
-from rlhf_jax.training.metrics import write_atomically
 
 
 def respond(
@@ -81,7 +81,7 @@ def respond(
         json.dumps(row | {"responses": responses}, ensure_ascii=False)
         for row, responses in zip(rows, sampled)
     ]
-    write_atomically(output, "".join(line + "\n" for line in lines))
+    storage.write(output, "".join(line + "\n" for line in lines))
     print(f"{output}: {num_samples} answers per prompt to {len(rows)} prompts")
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pathlib
+import os
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from rlhf_jax import sharding
+from rlhf_jax import sharding, storage
 from rlhf_jax.models import stacking
 
 
@@ -19,10 +19,11 @@ class Checkpoints:
     files do not depend on the Python types of this library, nor on whether layers were stacked
     (`stacking`): every layer has paths of its own. `save` returns once the arrays are
     copied off the device and writes them in the background. Only complete checkpoints are found.
+    With several processes each writes and reads the arrays of its own devices, into one folder.
     """
 
-    def __init__(self, folder: str | pathlib.Path, keep: int = 2):
-        self.folder = pathlib.Path(folder).absolute()
+    def __init__(self, folder: str | os.PathLike, keep: int = 2):
+        self.folder = storage.absolute(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler()

@@ -127,7 +127,9 @@ def train(
             figures = {}
             if plan.eval_every and (done % plan.eval_every == 0 or done == total):
                 figures = {f"eval/{key}": value for key, value in evaluate(done, state).items()}
-            more = functools.partial(_on_host, observe, outcome.record, figures)
+            # Gathered before the next step is enqueued, so that reading it does not wait for that.
+            record = None if observe is None else sharding.gather(outcome.record)
+            more = functools.partial(_on_host, observe, record, figures)
             stage.write(i, outcome.metrics, tokens=outcome.tokens, more=more)
             if checkpoints and (done % plan.save_every == 0 or done == total):
                 stage.flush()  # raises if this step was bad: nothing bad is ever saved
@@ -137,7 +139,7 @@ def train(
 
 def _on_host(observe: Callable | None, record: Any, figures: dict) -> dict[str, float]:
     """What is reported of a step besides its own metrics."""
-    return figures if observe is None else observe(jax.device_get(record)) | figures
+    return figures if observe is None else observe(sharding.to_host(record)) | figures
 
 
 def fit(
@@ -163,6 +165,7 @@ def fit(
     check_batch_size(config.batch_size, batches)
     check_evaluation(config.eval_every, evaluate)
     sharding.check_rows(runtime.mesh, **config.row_counts())
+    batches = batches.reading(sharding.process_rows(runtime.mesh, config.batch_size))
     for name in models.keys() & (frozen or {}).keys():
         raise ValueError(f"{name!r} cannot be trained and frozen at once; rename one of the two")
     with jax.set_mesh(runtime.mesh):

@@ -16,11 +16,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import NamedTuple
 
 import jax
@@ -29,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_jax import chips
+from rlhf_jax import chips, storage
+from rlhf_jax.storage import Path
 from rlhf_jax.training.progress import Progress
 from rlhf_jax.training.speed import Speed
 
@@ -53,7 +53,8 @@ class Log:
     With `folder=None` nothing is written and the metrics are kept in memory (`Stage.history`);
     with `quiet=True` nothing is printed. With `profile_steps=N` each stage writes a `jax.profiler`
     trace of the N steps after its first one, which compiles, to `folder/profile/<stage>`.
-    `trained` says whether any step of any stage was written.
+    `trained` says whether any step of any stage was written. A folder in a bucket gets no
+    TensorBoard events.
     """
 
     def __init__(self, folder: Path | None = None, quiet: bool = False, profile_steps: int = 0):
@@ -62,7 +63,7 @@ class Log:
                 f"profile_steps={profile_steps} with folder={folder}; "
                 "it must be at least 0, and a trace needs a folder"
             )
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else storage.path(folder)
         self.profile_steps = profile_steps
         self.trained = False
         self.writes = jax.process_index() == 0 and folder is not None
@@ -98,7 +99,7 @@ class Log:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "samples.jsonl"
         _drop_lines(path, lambda line: (line["stage"], line["step"]) == (stage, step))
-        with path.open("a", encoding="utf-8") as file:
+        with storage.Lines(path) as file:
             for row in rows:
                 file.write(json_line({"stage": stage, "step": step, **row}))
 
@@ -148,11 +149,14 @@ class Stage:
             log.folder.mkdir(parents=True, exist_ok=True)
             self._seconds_before = self._remove_repeated_steps()
             _record_display(log.folder, self.name, self._display)
-            self._file = (log.folder / "metrics.jsonl").open("a", encoding="utf-8")
-            # One folder per stage, because a purge hides the later steps of a whole folder.
-            self._board = _summary_writer()(
-                str(log.folder / "tensorboard" / self.name), purge_step=self._start, flush_secs=10
-            )
+            self._file = storage.Lines(log.folder / "metrics.jsonl")
+            if not storage.in_bucket(log.folder):
+                # One folder per stage, because a purge hides the later steps of a whole folder.
+                self._board = _summary_writer()(
+                    str(log.folder / "tensorboard" / self.name),
+                    purge_step=self._start,
+                    flush_secs=10,
+                )
         headline = None if self._display is None else self._display.headline
         self._progress = Progress(log.console, self.name, self._total, self._start, headline)
         peak = chips.peak_flops(self._devices) if self._devices else None  # may have to measure it
@@ -205,6 +209,7 @@ class Stage:
             self._progress.close()
             if self._file is not None:
                 self._file.close()
+            if self._board is not None:
                 self._board.close()
 
     def _remove_repeated_steps(self) -> float:
@@ -228,7 +233,7 @@ class Stage:
         self.history.append({"step": step, "seconds": seconds, **floats})
         if self._file is not None:
             self._file.write(json_line({"stage": self.name, **self.history[-1]}))
-            self._file.flush()
+        if self._board is not None:
             for name, value in floats.items():
                 # TensorBoard cannot draw NaN, and its writer prints a warning for each.
                 if math.isfinite(value):
@@ -295,7 +300,7 @@ def _record_display(folder: Path, stage: str, display: Display | None) -> None:
         after[stage] = display
     if after != before:
         text = json.dumps({name: shown._asdict() for name, shown in after.items()}, indent=2)
-        write_atomically(folder / "stages.json", text + "\n")
+        storage.write(folder / "stages.json", text + "\n")
 
 
 def read_displays(folder: Path) -> dict[str, Display]:
@@ -342,13 +347,6 @@ def plain(value):
 def json_line(value: dict) -> str:
     """`plain(value)` as one line of JSON, its line break included."""
     return json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file such that readers see its old or its new text, and never a part of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -399,7 +397,7 @@ def _drop_lines(path: Path, drop: Callable[[dict], bool]) -> list[dict]:
     if path.exists():
         text = "".join(json_line(line) for line in kept)
         if text != path.read_text(encoding="utf-8"):
-            write_atomically(path, text)
+            storage.write(path, text)
     return kept
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax import config, sharding
+from rlhf_jax import config, sharding, shards
 from rlhf_jax.config import NonNegative, Positive, Share, Whole
 from rlhf_jax.models import partition, stacking
 
@@ -148,7 +148,7 @@ def gradient_step(
         return _check_loss(loss_fn, found)
 
     (loss, metrics), grads = jax.value_and_grad(on_trainable, has_aux=True)(state.trainable)
-    grads = sharding.constrain(grads)
+    grads = shards.constrain(grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     good = finite & (state.bad_step < 0)
