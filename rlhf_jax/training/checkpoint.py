@@ -54,7 +54,8 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             return None
-        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(like))
+        # Not by jax.tree.map, which would sort the names.
+        wanted = {name: ocp.utils.to_shape_dtype_struct(x) for name, x in _flat(like).items()}
         stored = stacking.split_names(wanted)
         self._check(step, stored)
         separate = self._manager.restore(step, args=ocp.args.StandardRestore(stored))
