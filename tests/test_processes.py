@@ -382,3 +382,18 @@ def test_a_model_folder_is_read_in_the_slices_that_the_devices_hold(tmp_path, mo
         whole = sum(sizes)
         assert len(sizes) == (1 if "norm" in name else 8), name
         assert max(sizes) * len(sizes) == whole
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_machines_and_slices_follow_each_other_in_a_mesh(platform, monkeypatch):
+    chips = [Chip(i, i // 2) for i in range(4)]
+    for chip in chips:
+        chip.platform, chip.slice_index = platform, chip.process_index
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    if platform == "tpu":  # whose slices only `data` crosses
+        with pytest.raises(ValueError, match="2 slices, so data must be a multiple of that; use"):
+            sharding.make_mesh(fsdp=4)
+    else:
+        mesh = sharding.make_mesh(fsdp=2, tensor=2)
+        assert [[x.process_index for x in shard] for shard in mesh.devices[0]] == [[0, 0], [1, 1]]
