@@ -119,7 +119,7 @@ def run(config: Config, context: Context) -> dict:
 
 def programs(config: Config, mesh: jax.sharding.Mesh) -> list[Program]:
     """What `run` runs: see `abstract`."""
-    initial = abstract.model(preferences.planned_shape(config), mesh)
+    initial = abstract.model(preferences.planned_shape(config.start, config.model), mesh)
     return sft.programs(config.sft, initial, config.max_prompt + config.max_response, mesh).programs
 
 

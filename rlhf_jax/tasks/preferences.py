@@ -126,9 +126,9 @@ def train_scorer(
     )
 
 
-def planned_shape(config: Config) -> transformer.Config:
+def planned_shape(start: str, model: transformer.Config) -> transformer.Config:
     """The shape of the model that training starts from; of a named one the config.json is read."""
-    return huggingface.shape(huggingface.fetch(config.start)) if config.start else config.model
+    return huggingface.shape(huggingface.fetch(start)) if start else model
 
 
 def programs(
@@ -141,7 +141,7 @@ def programs(
     `measure` runs the program of their evaluation.
     """
     length = config.max_prompt + config.max_response
-    policy, listed = abstract.model(planned_shape(config), mesh), []
+    policy, listed = abstract.model(planned_shape(config.start, config.model), mesh), []
     if not config.start:
         tuned = sft.programs(config.sft, policy, length, mesh)
         policy, listed = tuned.result, tuned.programs
