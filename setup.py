@@ -1,4 +1,4 @@
-"""Installs rlhf_jax. Extras: [test] the suite, [parity] its torch oracles, [tpu], [cuda]."""
+"""Installs rlhf_jax. Extras: [test] the suite, [parity] its oracles, [plan], [tpu], [cuda]."""
 
 from setuptools import find_packages, setup
 
@@ -60,6 +60,10 @@ setup(
         # Oracles, never imported outside the tests. A constraint holds torch to its CPU build.
         "parity": ["torch>=2.6", "peft>=0.17"],
         "tpu": ["jax[tpu]"],
+        # The TPU's compiler, which plans for a slice on a machine without one (run the rest there
+        # with JAX_PLATFORMS=cpu). By way of jax, because a bare libtpu resolves to one that does
+        # not fit it.
+        "plan": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },
 )

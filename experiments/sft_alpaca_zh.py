@@ -118,8 +118,9 @@ def run(config: Config, context: Context) -> dict:
 
 def programs(config: Config, context: Context) -> list[Program]:
     """What `run` runs: see `abstract`."""
-    initial = abstract.model(preferences.planned_shape(config, context), context.mesh)
+    shape = preferences.planned_shape(config.start, config.model, context)
     length = config.max_prompt + config.max_response
+    initial = abstract.model(shape, context.mesh)
     return sft.programs(config.sft, initial, length, context.mesh).programs
 
 

@@ -64,14 +64,14 @@ class Collective(NamedTuple):
     kind: str
     shapes: tuple[Shape, ...]  # of the whole array on one device: the larger of operand and result
     group: int  # devices that take part
-    count: float  # executions
+    count: int  # executions
     loops: tuple[str, ...]  # the loops that it is in, outermost first, by the paths of jax
     where: str
 
     @property
     def payload(self) -> float:
         """Bytes of the array, once."""
-        return sum(shape.bytes for shape in self.shapes)
+        return sum((shape.bytes for shape in self.shapes), 0.0)
 
     @property
     def received(self) -> float:
@@ -98,7 +98,7 @@ class Cost(NamedTuple):
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(self, other)))
 
-    def repeated(self, times: float, loop: str) -> Cost:
+    def repeated(self, times: int, loop: str) -> Cost:
         """This, `times` times in a loop."""
         inside = tuple(
             c._replace(count=c.count * times, loops=(loop, *c.loops)) for c in self.collectives
@@ -224,7 +224,7 @@ class _Count:
 
 
 def _hbm(shapes: tuple[Shape, ...]) -> float:
-    return sum(shape.bytes for shape in shapes if shape.in_hbm)
+    return sum((shape.bytes for shape in shapes if shape.in_hbm), 0.0)
 
 
 def _custom(x: Instruction, found: Cost) -> Cost:

@@ -34,7 +34,7 @@ class Shape(NamedTuple):
     @property
     def bytes(self) -> float:
         """Bytes without the padding of a layout; 0 for what is no array, such as a token."""
-        return self.size * BYTES.get(self.dtype, 0)
+        return float(self.size * BYTES.get(self.dtype, 0))
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
@@ -112,12 +112,6 @@ def _shapes(text: str) -> tuple[Shape, ...]:
         space = re.search(r"S\((\d+)\)", layout)
         found.append(Shape(dtype, sizes, space is None or space[1] == "0"))
     return tuple(found)
-
-
-def parameter_bytes(module: Module) -> float:
-    """Bytes of the arguments that the program reads, without the padding of layouts."""
-    entry = module.computations[module.entry].values()
-    return sum(s.bytes for x in entry if x.opcode == "parameter" for s in x.shapes)
 
 
 def attribute(name: str, x: Instruction) -> str:

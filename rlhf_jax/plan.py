@@ -20,10 +20,11 @@ import operator
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn
 
 import jax
+from jax.interpreters import partial_eval
 
 from rlhf_jax import cost, hlo, sharding
 from rlhf_jax.abstract import Program
@@ -116,15 +117,17 @@ def topology(name: str) -> list[jax.Device]:
     return list(found.devices)
 
 
-def _unknown(name: str, error: Exception | None = None):
-    known = [f"{kind}:{shape}" for kind, c in CHIPS.items() for shape in SLICES[c.dims]]
+def _unknown(name: str, error: Exception | None = None) -> NoReturn:
     kind, _, shape = name.lower().partition(":")
-    close = difflib.get_close_matches(kind, CHIPS, 1, cutoff=0.5)
-    close = [f"{close[0]}:{shape}"] if close else []
-    guess = difflib.get_close_matches((close or [name])[0], known, 1, cutoff=0.0)[0]
+
+    def closest(word: str, words: Iterable[str]) -> str:
+        return max(words, key=lambda x: difflib.SequenceMatcher(None, word, x).ratio())
+
+    guess = closest(kind, CHIPS)
     raise ValueError(
-        f"--plan {name}: no such slice; did you mean {guess}? A slice is a chip "
-        f"({', '.join(CHIPS)}) and the sizes of its torus"
+        f"--plan {name}: no such slice; did you mean {guess}:"
+        f"{closest(shape, SLICES[CHIPS[guess].dims])}? A slice is a chip ({', '.join(CHIPS)}) and "
+        "the sizes of its torus"
     ) from error
 
 
@@ -165,27 +168,51 @@ def compiled(program: Program, mesh: jax.sharding.Mesh, same: Row | None = None)
     start = time.perf_counter()
     platform = mesh.devices.flat[0].platform
     with jax.set_mesh(mesh):
-        lowered = program.function.trace(*program.arguments).lower(lowering_platforms=(platform,))
+        traced = program.function.trace(*program.arguments)
+        lowered = traced.lower(lowering_platforms=(platform,))
+    elsewhere = resident - _read_bytes(traced, program)
     try:
         executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used, arguments = exhausted(str(error))
-        if used is None:
+        alone = exhausted(str(error))
+        if alone is None:
             raise
-        return Row(program, used, resident - arguments, None, time.perf_counter() - start)
+        return Row(program, alone, elsewhere, None, time.perf_counter() - start)
     seconds = time.perf_counter() - start
-    module = hlo.read(executable.as_text())
-    found = cost.of(module, program.max_trips)
-    alone = executable.memory_analysis().peak_memory_in_bytes
-    elsewhere = resident - hlo.parameter_bytes(module)
+    found = cost.of(hlo.read(executable.as_text()), program.max_trips)
+    alone = float(executable.memory_analysis().peak_memory_in_bytes)
     return Row(program, alone, elsewhere, found, seconds, violations(program, found, mesh))
+
+
+def exhausted(message: str) -> float | None:
+    """Bytes that a program needs, by the compiler's message that it does not fit.
+
+    Its arguments and results are among them, though the message may speak of temporaries. None for
+    another message.
+    """
+    found = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)", message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        return None
+    return float(found[1]) * 1024.0 ** " KMGT".index(found[2] or " ")
 
 
 def _resident(program: Program) -> float:
     """Bytes on a device of all arguments and all that is resident, each buffer once."""
     leaves = jax.tree.leaves((program.arguments, program.resident))
-    leaves = {id(x): x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)}
-    return sum(map(sharding.device_bytes, leaves.values()))
+    return _bytes({id(x): x for x in leaves}.values())
+
+
+def _read_bytes(traced: Any, program: Program) -> float:
+    """Bytes on a device of the arguments that the program reads: jax leaves out all others."""
+    jaxpr = traced.jaxpr.jaxpr
+    _, is_read = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _bytes(x for x, used in zip(jax.tree.leaves(program.arguments), is_read) if used)
+
+
+def _bytes(leaves: Iterable[Any]) -> float:
+    """Bytes on a device of those that are shapes and not numbers of a configuration."""
+    shapes = (x for x in leaves if isinstance(x, jax.ShapeDtypeStruct))
+    return float(sum(map(sharding.device_bytes, shapes)))
 
 
 def _is_same(one: Program, other: Program) -> bool:
@@ -193,20 +220,6 @@ def _is_same(one: Program, other: Program) -> bool:
         return False
     (a, tree), (b, other_tree) = (jax.tree.flatten(x.arguments) for x in (one, other))
     return tree == other_tree and a == b
-
-
-def exhausted(message: str) -> tuple[float | None, float]:
-    """(bytes used, bytes of arguments among them) of the compiler's message; None for another."""
-
-    def size(pattern: str) -> float | None:
-        found = re.search(pattern, message)
-        return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ") if found else None
-
-    number = r"([\d.]+)([KMGT]?)"
-    if "RESOURCE_EXHAUSTED" not in message:
-        return None, 0.0
-    used = size(rf"Used {number} of ") or size(rf"temporaries \({number}\)")
-    return used, size(rf"arguments +{number}") or 0.0
 
 
 # ---------------------------------------------------------------------------- rules of transfers

@@ -371,4 +371,4 @@ def _shape(leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     """Bytes of a shape with a sharding on one device, without the padding of layouts."""
     part = leaf.sharding.shard_shape(leaf.shape)
-    return int(np.prod(part)) * jax.dtypes.canonicalize_dtype(leaf.dtype).itemsize
+    return int(np.prod(part)) * leaf.dtype.itemsize

@@ -124,10 +124,9 @@ def train_scorer(
     )
 
 
-def planned_shape(config: Config, context: Context) -> transformer.Config:
+def planned_shape(start: str, model: transformer.Config, context: Context) -> transformer.Config:
     """The shape of the model that training starts from; of a named one the config.json is read."""
-    named = config.start and huggingface.shape(huggingface.fetch(config.start))
-    return context.compute.of(named or config.model)
+    return context.compute.of(huggingface.shape(huggingface.fetch(start)) if start else model)
 
 
 def programs(
@@ -140,7 +139,8 @@ def programs(
     `measure` runs the program of their evaluation.
     """
     length, mesh = config.max_prompt + config.max_response, context.mesh
-    policy, listed = abstract.model(planned_shape(config, context), mesh), []
+    policy = abstract.model(planned_shape(config.start, config.model, context), mesh)
+    listed = []
     if not config.start:
         tuned = sft.programs(config.sft, policy, length, mesh)
         policy, listed = tuned.result, tuned.programs
