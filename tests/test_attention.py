@@ -1,20 +1,13 @@
 """Every implementation of attention against the plain one, and what each leaves in memory."""
 
 import functools
-import importlib.util
-import logging
-import os
-import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import sharding
-from rlhf_jax.models import attention, blockwise, transformer
+from rlhf_jax.models import attention, blockwise
 
 B, T, WIDTH = 4, 200, 16
 KERNELS = {

@@ -32,6 +32,7 @@ LAYERS = {
     "losses.py": 1,
     "advantages.py": 1,
     "sharding.py": 0,
+    "allocator.py": 0,
     "config.py": 0,
 }
 DISK = (

@@ -12,8 +12,8 @@ FLOPs would take at the rate of one large matrix product, and `memory` the time 
 have to move would take at the rate of one large copy. The table shows each bound as a share of the
 measured time. On a machine with other load, compare the ratios of runs taken in turn, not seconds.
 
-On Linux CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1. The temporaries of a program are mapped
-anew at every call, and with pages of 4 kB a fifth of a training step goes into 290,000 page faults.
+On Linux CPUs the memory of a program's temporaries is kept from call to call, as `launch` does for
+every experiment (`rlhf_jax.allocator`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax import online, sharding
+from rlhf_jax import allocator, online, sharding
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.data.batches import Comparisons, Demonstrations, Prompts
 from rlhf_jax.data.records import Ends
@@ -415,4 +415,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()
     main(tyro.cli(Config, description=__doc__))
