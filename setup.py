@@ -1,4 +1,4 @@
-"""Installs rlhf_jax. Extras: [test] the suite, [parity] its torch oracles, [tpu], [cuda]."""
+"""Installs rlhf_jax. Extras: [test] the suite, [parity] its oracles, [plan], [tpu], [cuda]."""
 
 from setuptools import find_packages, setup
 
@@ -28,6 +28,7 @@ setup(
         "flax>=0.12",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.20",
+        "etils[epath]>=1.9",
         "tensorflow-datasets>=4.9.9",
         "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without requiring it
         "array_record>=0.7",
@@ -59,6 +60,10 @@ setup(
         # Oracles, never imported outside the tests. A constraint holds torch to its CPU build.
         "parity": ["torch>=2.6", "peft>=0.17"],
         "tpu": ["jax[tpu]"],
+        # The TPU's compiler, which plans for a slice on a machine without one (run the rest there
+        # with JAX_PLATFORMS=cpu). By way of jax, because a bare libtpu resolves to one that does
+        # not fit it.
+        "plan": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },
 )

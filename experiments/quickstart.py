@@ -24,12 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rlhf_jax import abstract, evaluation, pipeline, processes
 from rlhf_jax import config as configuration
-from rlhf_jax import evaluation, pipeline
+from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.config import Count, Whole
 from rlhf_jax.data import batches, builders, tokenizers
 from rlhf_jax.data.batches import Loader
+from rlhf_jax.data.records import Ends
 from rlhf_jax.launch import Context, launch
 from rlhf_jax.models import transformer
 from rlhf_jax.sampling import Sampling
@@ -37,6 +39,7 @@ from rlhf_jax.tasks import reviews
 from rlhf_jax.training.state import OptimizerConfig
 
 MAX_PROMPT, MAX_RESPONSE = 12, 40
+ENDS = Ends(eos_ids=(1,), pad_id=0)  # of `tokenizers.train_bpe`
 
 
 class Config(configuration.Config):
@@ -101,7 +104,7 @@ def run(config: Config, context: Context) -> dict:
     held_out = builders.load(made.demonstrations, "train[95%:]")
     texts = (row["prompt"] + row["completion"] for row, _ in train)
     tokenizer = tokenizers.train_bpe(texts, config.model.vocab_size)
-    tokenizer.save(context.workdir / "tokenizer")
+    processes.first(lambda: tokenizer.save(context.workdir / "tokenizer"))
     sizes = (tokenizer, MAX_PROMPT, MAX_RESPONSE)
     demonstrations = pipeline.Split(
         *(batches.demonstrations(part, *sizes) for part in (train, held_out))
@@ -173,10 +176,36 @@ def run(config: Config, context: Context) -> dict:
     return summary | {"seconds": clock.seconds}
 
 
+def programs(config: Config, context: Context) -> list[Program]:
+    """What `run` runs: see `abstract`. The new model stays where it is until the end."""
+    length, mesh = MAX_PROMPT + MAX_RESPONSE, context.mesh
+    initial = abstract.model(context.compute.of(config.model), mesh)
+    tuned = sft.programs(config.sft, initial, length, mesh)
+    policy, rows = tuned.result, config.reward_model.batch_size
+    ranked = reward_model.programs(
+        config.reward_model,
+        policy,
+        length,
+        mesh,
+        centred_on=abstract.demonstrations(mesh, rows, length),
+        resident=initial,
+    )
+    scorer = ranked.result
+    aligned = ppo.programs(
+        config.ppo, policy, scorer, scorer, MAX_PROMPT, ENDS, mesh, resident=initial
+    )
+    batch = abstract.prompts(mesh, config.ppo.batch_size, MAX_PROMPT)
+    held = (initial, aligned.held if config.ppo.eval_every else ())
+    answers = evaluation.program(
+        aligned.result, policy, scorer, config.ppo.sampling, batch, ENDS, mesh, resident=held
+    )
+    return [*tuned.programs, *ranked.programs, *aligned.programs, answers]
+
+
 def share(condition: Callable[[str], bool], texts: list[str]) -> float:
     """The share of texts for which a condition holds."""
     return sum(map(condition, texts)) / len(texts)
 
 
 if __name__ == "__main__":
-    launch(run, config)
+    launch(run, config, programs=programs)

@@ -42,6 +42,7 @@ from __future__ import annotations
 import numpy as np
 
 from rlhf_jax import pipeline
+from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import Count
 from rlhf_jax.data import batches, builders, mixing
@@ -158,5 +159,10 @@ def run(config: Config, context: Context) -> dict:
     return {"sft": tuned, "reward_model": figures, "seconds": clock.seconds}
 
 
+def programs(config: Config, context: Context) -> list[Program]:
+    """What `run` runs, first for one loss and then for the other: see `abstract`."""
+    return preferences.programs(config, context, LOSSES)
+
+
 if __name__ == "__main__":
-    launch(run, config)
+    launch(run, config, programs=programs)

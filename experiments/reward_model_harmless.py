@@ -61,4 +61,4 @@ def run(config: preferences.Config, context: Context) -> dict:
 
 
 if __name__ == "__main__":
-    launch(run, config)
+    launch(run, config, programs=preferences.programs)

@@ -27,8 +27,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from rlhf_jax import abstract, folders, pipeline
 from rlhf_jax import config as configuration
-from rlhf_jax import folders, pipeline
+from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import sft
 from rlhf_jax.config import Count, Share, Whole
 from rlhf_jax.data import batches, builders, mixing
@@ -92,7 +93,7 @@ def run(config: Config, context: Context) -> dict:
     clock = pipeline.Clock()
     with clock("sft"):
         if start:
-            initial = folders.language_model(start, tokenizer, context.mesh)
+            initial = folders.language_model(start, tokenizer, context.mesh, context.compute)
         else:
             initial = pipeline.new_model(config.model, context, config.seed)
         policy, summary = pipeline.supervised(
@@ -115,5 +116,13 @@ def run(config: Config, context: Context) -> dict:
     }
 
 
+def programs(config: Config, context: Context) -> list[Program]:
+    """What `run` runs: see `abstract`."""
+    shape = preferences.planned_shape(config.start, config.model, context)
+    length = config.max_prompt + config.max_response
+    initial = abstract.model(shape, context.mesh)
+    return sft.programs(config.sft, initial, length, context.mesh).programs
+
+
 if __name__ == "__main__":
-    launch(run, config)
+    launch(run, config, programs=programs)

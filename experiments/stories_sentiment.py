@@ -41,20 +41,36 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import abstract, evaluation, pipeline
 from rlhf_jax import config as configuration
-from rlhf_jax import evaluation, pipeline
+from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.config import Count, Positive, Whole
 from rlhf_jax.data import batches, builders, formats, schema, tokenizers
 from rlhf_jax.data.batches import Examples, Loader
+from rlhf_jax.data.records import Ends
 from rlhf_jax.evaluation import Evaluation, Exam
 from rlhf_jax.launch import Context, launch
-from rlhf_jax.models import huggingface
+from rlhf_jax.models import huggingface, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.training.state import OptimizerConfig
 
 MAX_PROMPT, MAX_RESPONSE = 32, 64
+ROWS = 32  # of a batch of held-out stories
+# The model and the tokenizer in the folder, so that `--plan` needs neither.
+SHAPE = transformer.Config(
+    vocab_size=512,
+    num_layers=5,
+    d_model=64,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    d_ff=172,
+    max_length=512,
+    tied=True,
+)
+ENDS = Ends(eos_ids=(1, 2), pad_id=0)
 
 
 class Config(configuration.Config):
@@ -173,7 +189,7 @@ def run(config: Config, context: Context) -> dict:
     if context.data is None:
         raise ValueError("this experiment reads real data: name its folder by --data DIR")
     folder = context.data / "models" / "stories260K"
-    policy = huggingface.load(folder, context.mesh)
+    policy = transformer.computed_as(huggingface.load(folder, context.mesh), context.compute)
     pipeline.check(
         context,
         policy.config,
@@ -200,7 +216,7 @@ def run(config: Config, context: Context) -> dict:
         endings = batches.demonstrations(
             stories.endings_eval, tokenizer, MAX_PROMPT, policy.config.max_length - MAX_PROMPT
         )
-        held_out = Loader(endings, 32, seed)
+        held_out = Loader(endings, ROWS, seed)
         figures = sft.evaluate(sft.Config(), policy, held_out, mesh=context.mesh)
         summary["sft"] = evaluation.held_out(figures)
 
@@ -257,5 +273,36 @@ def nats_per_token(answers: Evaluation) -> float:
     return float(answers.reference_nats.sum() / answers.lengths.sum())
 
 
+def programs(config: Config, context: Context) -> list[Program]:
+    """What `run` runs: see `abstract`."""
+    mesh, sampling, rows = context.mesh, config.ppo.sampling, config.ppo.batch_size
+    policy = abstract.model(context.compute.of(SHAPE), mesh)
+    stories = abstract.demonstrations(mesh, ROWS, SHAPE.max_length)
+    length = MAX_PROMPT + MAX_RESPONSE
+    ranked = reward_model.programs(
+        config.reward_model, policy, length, mesh, responses=config.responses_per_prompt
+    )
+    scorer = ranked.result
+    aligned = ppo.programs(config.ppo, policy, scorer, scorer, MAX_PROMPT, ENDS, mesh)
+    batch = abstract.prompts(mesh, rows, MAX_PROMPT)
+    drawing = evaluation.program(
+        policy,
+        policy,
+        None,
+        sampling,
+        batch,
+        ENDS,
+        mesh,
+        name="comparisons: answer",
+        score=no_score,
+    )
+    held = aligned.held if config.ppo.eval_every else ()
+    answers = evaluation.program(
+        aligned.result, policy, scorer, sampling, batch, ENDS, mesh, resident=held
+    )
+    listed = [sft.evaluation(sft.Config(), policy, stories, mesh), drawing]
+    return [*listed, *ranked.programs, *aligned.programs, answers]
+
+
 if __name__ == "__main__":
-    launch(run, config)
+    launch(run, config, programs=programs)

@@ -14,8 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import abstract
+from rlhf_jax.abstract import Program
 from rlhf_jax.data import epoch
 from rlhf_jax.data.batches import Loader
+from rlhf_jax.data.records import Ends, Prompts
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import learned
@@ -115,6 +118,28 @@ def _answer(drawing, score, micro_batches, sampling, params, key, number, prompt
         judged.scores,
         judged.lengths,
     )
+
+
+def program(
+    policy: Model,
+    reference: Model,
+    scorer: Any,
+    sampling: Sampling,
+    batch: Prompts,
+    ends: Ends,
+    mesh: jax.sharding.Mesh,
+    *,
+    name: str = "evaluation: answer",
+    score: Score = learned.score,
+    resident: Any = (),
+) -> Program:
+    """What `answer` runs on a batch of prompts. All but `sampling` are shapes: see `abstract`."""
+    key, number = abstract.whole(mesh, (jax.random.key(0), jnp.int32(0)))
+    params = {"policy": policy, "reference": reference, "scorer": scorer}
+    static = (Drawing(ends), score, 1)
+    arguments = (sampling, params, key, number)
+    found = abstract.over_rows(name, _answer, static, arguments, batch, mesh, resident)
+    return found._replace(max_trips=abstract.max_trips(sampling))
 
 
 def evaluate(exam: Exam, policy: Model, number: int = 0) -> Evaluation:

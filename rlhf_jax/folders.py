@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
-import shutil
 from typing import NamedTuple
 
 import jax
 
+from rlhf_jax import processes, storage
 from rlhf_jax.data import tokenizers
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import huggingface, lora, transformer
-from rlhf_jax.models.transformer import Model
+from rlhf_jax.models.transformer import Compute, Model
 
 
 class Pretrained(NamedTuple):
@@ -21,20 +22,29 @@ class Pretrained(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load(name: str | pathlib.Path, mesh: jax.sharding.Mesh | None = None) -> Pretrained:
+def load(
+    name: str | pathlib.Path,
+    mesh: jax.sharding.Mesh | None = None,
+    compute: Compute = transformer.AS_CONFIGURED,
+) -> Pretrained:
     """Reads a language model and its tokenizer from a folder, or from `org/name` on the hub.
 
     Raises ValueError as `language_model` does, and where the folder holds no tokenizer.
     """
     folder = huggingface.fetch(name)
     tokenizer = tokenizers.from_folder(folder)
-    return Pretrained(language_model(folder, tokenizer, mesh), tokenizer)
+    return Pretrained(language_model(folder, tokenizer, mesh, compute), tokenizer)
 
 
 def language_model(
-    name: str | pathlib.Path, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None = None
+    name: str | pathlib.Path,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh | None = None,
+    compute: Compute = transformer.AS_CONFIGURED,
 ) -> Model:
     """The language model of a folder, or of an `org/name` that is fetched from the hub.
+
+    `compute` says how it is computed; by default in float32.
 
     Raises ValueError for a reward model, and for a model whose vocabulary is smaller than the
     tokenizer's, because some tokens would then have no embedding.
@@ -43,31 +53,36 @@ def language_model(
     if "score" in model.weights:
         raise ValueError(f"{name}: a reward model, which writes no text; name a language model")
     tokenizers.check_vocab(tokenizer, model.config.vocab_size)
-    return model
+    return transformer.computed_as(model, compute)
 
 
 def export(
-    folder: pathlib.Path,
+    folder: str | os.PathLike,
     model: Model,
     tokenizer: Tokenizer,
     like: str | pathlib.Path | None = None,
 ) -> None:
     """Writes model and tokenizer as a folder that transformers reads, replacing what is there.
 
+    With several processes all of them call this function, and process 0 writes.
+
     An adapter is merged into the weights. A model with a scalar head is written as a reward model.
     `like` is the folder or the hub name that the model came from: its files supply the
-    entries of the configuration besides the shapes. The folder is written under another name first
-    and renamed at the end, so that an interruption leaves the old folder or the new one, never
-    half of one.
+    entries of the configuration besides the shapes. The old config.json is removed first and the
+    new one written last, so that after an interruption there is the old folder, the new one, or
+    one that nothing takes for a model. (A folder in a bucket could not be renamed.)
     """
-    writing = folder.with_name(f".{folder.name}")
-    shutil.rmtree(writing, ignore_errors=True)
+    folder = storage.path(folder)
     head = "score" if "score" in model.weights else "lm"
     model = lora.merge(model)
     if head == "score":
         model = transformer.without_score_bias(model)
     ids = {"eos_token_id": tokenizer.eos_ids[0], "pad_token_id": tokenizer.pad_id}
-    huggingface.save(writing, model, like=like, head=head, fields=ids)
-    tokenizer.save(writing)
-    shutil.rmtree(folder, ignore_errors=True)
-    writing.rename(folder)
+
+    def begin() -> None:
+        (folder / "config.json").unlink(missing_ok=True)
+        storage.remove(folder)
+        tokenizer.save(folder)
+
+    processes.first(begin)
+    huggingface.save(folder, model, like=like, head=head, fields=ids)

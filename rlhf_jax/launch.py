@@ -2,7 +2,7 @@
 
     config = pipeline.Config(...)
     if __name__ == "__main__":
-        launch(pipeline.run, config)
+        launch(pipeline.run, config, programs=programs)
 
 `command` is for tools that train nothing: flags and errors only. What a workdir holds, and what is
 allowed when it is used again, is in `workdir`. The exit codes are those of `Exit`.
@@ -23,8 +23,10 @@ from typing import Annotated, NamedTuple, NoReturn
 import jax
 import tyro
 
-from rlhf_jax import allocator, sharding, workdir
+from rlhf_jax import allocator, distributed, plan, processes, sharding, storage, workdir
+from rlhf_jax.abstract import Program
 from rlhf_jax.config import Config
+from rlhf_jax.models.transformer import AS_CONFIGURED, Compute, Precision, Remat
 from rlhf_jax.training import report
 from rlhf_jax.training.metrics import Log, flat, plain
 from rlhf_jax.training.state import TrainingStopped
@@ -35,20 +37,26 @@ class Exit(enum.IntEnum):
 
     BAD_INPUT = 2  # a wrong flag (tyro's own exit code), value, file or row
     TRAINING_STOPPED = 3  # a non-finite loss or gradient, or a numeric check that failed
+    DOES_NOT_FIT = 4  # what `--plan` compiled needs more memory than a chip has
     INTERRUPTED = 130  # by ctrl-C: 128 + SIGINT, as in shells
 
 
 class Context(NamedTuple):
     """What `run(config, context)` gets from the command line besides its configuration."""
 
-    workdir: Path  # the folder of this run
+    workdir: storage.Path  # the folder of this run
     log: Log  # of this run, writing to the workdir
     mesh: jax.sharding.Mesh
     data: Path | None  # the folder of real data; None where nobody named one
+    compute: Compute = AS_CONFIGURED  # how models are computed, where the command line says so
 
 
 def launch(
-    run: Callable[[Config, Context], dict], config: Config, argv: list[str] | None = None
+    run: Callable[[Config, Context], dict],
+    config: Config,
+    argv: list[str] | None = None,
+    *,
+    programs: Callable[[Config, Context], list[Program]] | None = None,
 ) -> dict:
     """Calls `run` with the configuration that the command line asks for; returns its summary.
 
@@ -57,6 +65,10 @@ def launch(
     summary of this very run already, that is returned without training. After an interruption, or
     with more iterations, `run` is called again and continues from its checkpoints. Any other change
     is refused (see `workdir`).
+
+    With `--plan v5e:4x4` nothing is run or written. The programs of the experiment, which
+    `programs(config, context)` lists with the shapes that `run` calls them with, are compiled for
+    that slice and what they need is printed (see `plan`); the summary is then {}.
 
     On an error it prints one line to stderr, with `--debug` the traceback too, and exits
     (SystemExit) with a code of `Exit`.
@@ -67,7 +79,7 @@ def launch(
     except ValueError as error:  # of the configuration: tyro's own errors exit with the same code
         _fail(Exit.BAD_INPUT, f"error: {_one_line(error, hint='')}", debug=False)
     try:
-        return _launch(run, flags)
+        return _plan(run, programs, flags) if flags.plan else _launch(run, flags)
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         _fail(Exit.BAD_INPUT, f"error: {_one_line(error)}", flags.debug)
     except TrainingStopped as error:
@@ -79,35 +91,69 @@ def launch(
 
 
 def _launch(run: Callable, flags) -> dict:
-    config, experiment = flags.config, experiment_name(run)
+    distributed.start(
+        distributed.Flags(
+            flags.coordinator, flags.num_processes, flags.process_id, flags.coordinator_timeout
+        )
+    )
+    context, described = processes.everywhere(lambda: _prepare(run, flags))
+    folder, log, mesh = context.workdir, context.log, context.mesh
+    distributed.check_same(described | {"mesh": dict(mesh.shape)})
+    summary = processes.first(lambda: workdir.compare(folder, described))
+    if summary is not None:
+        log.print(f"{folder} is finished; nothing to train")
+    else:
+        workdir.check_shared(folder)
+        with workdir.restored_on_failure(folder, log) as found:
+            processes.first(lambda: workdir.begin(folder, described, mesh))
+            log.print(f"{described['experiment']}: {folder}")
+            try:
+                summary = plain(run(flags.config, context))
+            except KeyboardInterrupt as error:
+                raise KeyboardInterrupt(_how_to_continue(found.empty, folder, log)) from error
+        processes.first(lambda: workdir.finish(folder, summary))
+    processes.first(lambda: _show(log, summary))
+    return summary
+
+
+def _prepare(run: Callable, flags) -> tuple[Context, dict]:
+    """What `run` is given besides its configuration, and the description of the run."""
     mesh = sharding.make_mesh(**_mesh_sizes(flags.mesh))
     data = _data_folder(flags.data)
     if flags.profile < 0:
         raise ValueError(f"--profile {flags.profile}: the number of steps must be at least 0")
     if flags.workdir is None and jax.process_count() > 1:
         raise ValueError("--workdir is missing: several processes need the same one; name it")
-    folder = workdir.new_folder(experiment) if flags.workdir is None else flags.workdir
-    described = workdir.describe(experiment, config, data, folder)
-    summary = workdir.compare(folder, described)
-    log = Log(folder, profile_steps=flags.profile)
-    if summary is not None:
-        log.print(f"{folder} is finished; nothing to train")
+    experiment = experiment_name(run)
+    if flags.workdir is None:
+        folder = workdir.new_folder(experiment)
     else:
-        with workdir.restored_on_failure(folder, log) as found:
-            if log.writes:
-                workdir.begin(folder, described, mesh)
-            log.print(f"{experiment}: {folder}")
-            try:
-                summary = plain(run(config, Context(folder, log, mesh, data)))
-            except KeyboardInterrupt as error:
-                raise KeyboardInterrupt(_how_to_continue(found.empty, folder, log)) from error
-        if log.writes:
-            workdir.finish(folder, summary)
-    _show(log, summary)
-    return summary
+        folder = storage.path(flags.workdir)
+    log = Log(folder, profile_steps=flags.profile)
+    described = workdir.describe(experiment, flags.config, data, folder, flags.dtype)
+    return Context(folder, log, mesh, data, _compute(flags)), described
 
 
-def _how_to_continue(was_empty: bool, folder: Path, log: Log) -> str:
+def _compute(flags) -> Compute:
+    return Compute(flags.dtype, flags.remat, flags.scan_layers)
+
+
+def _plan(run: Callable, programs: Callable | None, flags) -> dict:
+    if programs is None:
+        raise ValueError(f"--plan {flags.plan}: this experiment does not list its programs")
+    # Nothing may look for the TPU that is only planned for.
+    jax.config.update("jax_platforms", "cpu")
+    devices = plan.topology(flags.plan)
+    mesh = sharding.make_mesh(**_mesh_sizes(flags.mesh), devices=devices)
+    context = Context(storage.path("."), Log(), mesh, _data_folder(flags.data), _compute(flags))
+    title = f"{experiment_name(run)} on {flags.plan}"
+    too_large = plan.report(title, programs(flags.config, context), mesh, context.log.print)
+    if too_large is not None:
+        _fail(Exit.DOES_NOT_FIT, too_large, debug=False)
+    return {}
+
+
+def _how_to_continue(was_empty: bool, folder: storage.Path, log: Log) -> str:
     if was_empty and not log.trained:
         return " before the first step; nothing is kept"
     return f"; the same command with --workdir {folder} continues from the last checkpoint"
@@ -142,10 +188,18 @@ def _parse(config: Config, argv: list[str] | None):
     """The flags, `config` among them; exits with 0 after --help and 2 on a wrong flag."""
     arg = tyro.conf.arg
     own = (
-        ("workdir", Path | None, None, "DIR", "where the run lives [default: new, under runs/]"),
+        ("workdir", str | None, None, "DIR", "where the run lives [default: new, under runs/]"),
         ("data", Path | None, None, "DIR", "folder of real data [default: $RLHF_JAX_DATA]"),
         ("mesh", str, "", "SIZES", f"such as {_mesh_example()} [default: all devices]"),
+        ("plan", str, "", "SLICE", "such as v5e:4x4: only compile for it, and print what it takes"),
         ("profile", int, 0, "STEPS", "number of steps of each stage to trace to workdir/profile"),
+        ("dtype", Precision | None, None, None, "of matrix products [default: as configured]"),
+        ("remat", Remat | None, None, None, "what a backward pass recomputes to save memory"),
+        ("scan_layers", bool | None, None, None, "compile one layer and loop over it in training"),
+        ("coordinator", str | None, None, "HOST:PORT", "process 0, of several [default: detected]"),
+        ("num_processes", int | None, None, "N", "how many there are; 1 looks for no others"),
+        ("process_id", int | None, None, "I", "which of them this is, from 0"),
+        ("coordinator_timeout", int, 300, "SECONDS", "how long to wait for all of them"),
     )
     taken = {name for name, *_ in own} | {"debug", "config"}
     for field in dataclasses.fields(config):
@@ -187,12 +241,8 @@ def experiment_name(run: Callable) -> str:
     return file.stem if file.suffix == ".py" and file.stem != "__main__" else run.__module__
 
 
-def _mesh_axes() -> list[str]:
-    return list(inspect.signature(sharding.make_mesh).parameters)
-
-
 def _mesh_example() -> str:
-    return ",".join(f"{axis}={size}" for axis, size in zip(_mesh_axes(), (1, 4, 2)))
+    return ",".join(f"{axis}={size}" for axis, size in zip(sharding.AXES, (1, 4, 2)))
 
 
 def _mesh_sizes(text: str) -> dict[str, int]:
@@ -200,8 +250,8 @@ def _mesh_sizes(text: str) -> dict[str, int]:
     sizes = {}
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition("=")
-        if axis not in _mesh_axes() or not size.isdecimal() or axis in sizes:
-            axes = ", ".join(_mesh_axes())
+        if axis not in sharding.AXES or not size.isdecimal() or axis in sizes:
+            axes = ", ".join(sharding.AXES)
             raise ValueError(
                 f"--mesh {text}: '{part}' is not axis=size with an axis of {axes}, each once; "
                 f"write for example --mesh {_mesh_example()}"
@@ -247,5 +297,6 @@ def _one_line(error: Exception, hint: str = " (--debug shows where)") -> str:
 def _fail(code: Exit, message: str, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    print(message, file=sys.stderr, flush=True)
+    distributed.fail(code)
     raise SystemExit(code)

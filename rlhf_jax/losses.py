@@ -86,7 +86,7 @@ def token_logprobs(
     return _without_first(jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0])
 
 
-def _chunk_logprobs(hidden, unembedding, tokens, temperature, softcap):
+def _chunk_logprobs(hidden, unembedding, tokens, temperature, softcap, vocabulary):
     """Log-probabilities and entropies of the positions of one chunk, [B, C] each."""
     logits = jnp.einsum(
         "bcd,dv->bcv",
@@ -98,13 +98,29 @@ def _chunk_logprobs(hidden, unembedding, tokens, temperature, softcap):
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = logits / temperature
-    total = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    total, chosen = _total_and_chosen(logits, tokens, vocabulary)
     # Entropy is a measurement here, never an objective; without its gradient the backward pass
     # needs only one softmax.
     all_logprobs = jax.lax.stop_gradient(logits - total[..., None])
     entropy = -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
+    if vocabulary is not None:
+        entropy = jax.lax.psum(entropy, vocabulary)
     return chosen - total, entropy
+
+
+def _total_and_chosen(logits, tokens, vocabulary):
+    """Log-sum-exp of the logits of all shards, and the logits of `tokens`; [B, C] each."""
+    if vocabulary is None:
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1), chosen
+    size = logits.shape[-1]
+    largest = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits, axis=-1)), vocabulary)
+    weight = jax.lax.psum(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1), vocabulary)
+    tokens = tokens - jax.lax.axis_index(vocabulary) * size
+    here = (tokens >= 0) & (tokens < size)
+    chosen = jnp.take_along_axis(logits, jnp.clip(tokens, 0, size - 1)[..., None], axis=-1)[..., 0]
+    chosen = jax.lax.psum(jnp.where(here, chosen, 0.0), vocabulary)
+    return largest + jnp.log(weight), chosen
 
 
 def chunked_token_logprobs(
@@ -114,21 +130,26 @@ def chunked_token_logprobs(
     temperature: Scalar = 1.0,
     softcap: Scalar | None = None,
     *,
-    chunk: int = 32,
+    chunk_bytes: int = 2**24,
+    vocabulary: str | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`token_logprobs` of the final hidden states, and the entropy, without a [B, T, V] array.
 
     [B, T, D], [D, V], [B, T] -> ([B, T], [B, T]), in nats, float32; entry 0 of both is 0. Logits
-    are computed for `chunk` positions of every row at a time (so that a batch split over devices
-    stays split), in the forward pass and again in the backward pass. `softcap` is Gemma's
-    c * tanh(logits / c). The entropy carries no gradient.
+    are computed for some positions of every row at a time, as many as `chunk_bytes` of them hold,
+    in the forward pass and again in the backward pass. `softcap` is Gemma's c * tanh(logits / c).
+    The entropy carries no gradient. Inside `jax.shard_map`, `vocabulary` names the mesh axis whose
+    shards hold the columns of the unembedding; the sums run over all of them.
     Raises ValueError if tokens and hidden states differ in shape.
     """
     _check_tokens(tokens, "hidden", hidden)
     batch, length, width = hidden.shape
     hidden = align(hidden)
+    chunk = max(1, chunk_bytes // (4 * batch * unembedding.shape[1]))
     if length <= chunk:
-        logprobs, entropy = _chunk_logprobs(hidden, unembedding, tokens, temperature, softcap)
+        logprobs, entropy = _chunk_logprobs(
+            hidden, unembedding, tokens, temperature, softcap, vocabulary
+        )
         return _without_first(logprobs), _without_first(entropy)
     chunks = -(-length // chunk)
     chunk = -(-length // chunks)  # equal chunks: fewer than `chunks` positions of padding
@@ -140,7 +161,7 @@ def chunked_token_logprobs(
 
     @jax.checkpoint
     def of_chunk(unembedding, temperature, hidden, tokens):
-        return _chunk_logprobs(hidden, unembedding, tokens, temperature, softcap)
+        return _chunk_logprobs(hidden, unembedding, tokens, temperature, softcap, vocabulary)
 
     def joined(x):
         return _without_first(x.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :length])

@@ -24,14 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from rlhf_jax import config, losses, sharding
+from rlhf_jax import config, sharding, shards
 from rlhf_jax.config import Count, Positive, Whole, explained_tracing
 from rlhf_jax.data import loader
 from rlhf_jax.data.batches import Loader, Prompts
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.models import partition
+from rlhf_jax.models import flops, partition
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import host, learned
 from rlhf_jax.sampling import decode
@@ -97,10 +97,17 @@ class Config(config.Config):
         return self.num_iterations * self.num_epochs * self.num_minibatches
 
     def row_counts(self) -> dict[str, int]:
-        """The numbers of rows that must divide over a mesh: responses, not prompts."""
+        """The numbers of rows that must divide over a mesh: responses, not prompts.
+
+        Micro-batches too: with fewer rows than devices they save no memory and cost more time.
+        """
         name = "batch_size" if self.samples_per_prompt == 1 else "batch_size * samples_per_prompt"
         minibatch = self.num_responses // self.num_minibatches
-        return {name: self.num_responses, "minibatch_size": minibatch}
+        return {
+            name: self.num_responses,
+            "minibatch_size": minibatch,
+            "minibatch_size / micro_batches": minibatch // self.micro_batches,
+        }
 
     def optimizers(self) -> dict[str, training.OptimizerConfig]:
         """The optimizer of each network that may be trained."""
@@ -211,41 +218,6 @@ def forward(config: Config, params: dict, batch: Any) -> Outputs:
     )
 
 
-def measurements(rollout: Rollout) -> dict[str, Array]:
-    """Metrics of any rollout, under the names that TRL gives the same quantities.
-
-    KL and entropy are summed over the tokens of a response and averaged over responses.
-    "objective/entropy" is the estimate -log p of what was sampled, as in TRL;
-    "objective/token_entropy" is exact, in nats per token. `docs/conventions.md` lists them all.
-    """
-    mask = rollout.mask
-    both = {"logprobs": rollout.old_logprobs, "ref_logprobs": rollout.ref_logprobs}
-    return {
-        "objective/kl": jnp.mean(jnp.sum(losses.kl_k1(**both) * mask, axis=1)),
-        "objective/kl_k3": jnp.mean(jnp.sum(losses.kl_k3(**both) * mask, axis=1)),
-        "objective/entropy": jnp.mean(-jnp.sum(rollout.old_logprobs * mask, axis=1)),
-        "objective/token_entropy": losses.masked_mean(rollout.entropy, mask),
-        "objective/scores": jnp.mean(rollout.scores),
-        "objective/scores_std": jnp.std(rollout.scores),
-        "objective/length": jnp.mean(rollout.lengths.astype(jnp.float32)),
-        "num_tokens": jnp.sum(rollout.lengths),
-        "val/num_eos_tokens": jnp.sum(rollout.finished),
-    }
-
-
-def gaps(rollout: Rollout) -> dict[str, Array]:
-    """How far computations of the same log-probabilities disagree, nats: see `check`."""
-
-    def gap(other: Float[Array, "B T"]) -> Float[Array, "B T"]:
-        return jnp.abs(rollout.old_logprobs - other) * rollout.mask
-
-    return {
-        "check/logprob_gap": jnp.max(gap(rollout.forward_logprobs)),
-        "check/sampler_gap": losses.masked_mean(gap(rollout.sampler_logprobs), rollout.mask),
-        "check/reference_gap": jnp.max(gap(rollout.ref_logprobs)),
-    }
-
-
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """One transformation per network, each with its own clipping; built inside compiled steps."""
     parts = {
@@ -295,7 +267,7 @@ def update(
 
     def update_once(train, rows):
         minibatch = jax.tree.map(lambda x: x[rows], batch)
-        minibatch = sharding.constrain_rows(minibatch, name="rows or groups per minibatch")
+        minibatch = shards.constrain_rows(minibatch, name="rows or groups per minibatch")
         return training.gradient_step(loss_of, optimizer, train, frozen, minibatch)
 
     def epoch(train, key):
@@ -305,7 +277,7 @@ def update(
     keys = jax.random.split(iteration_key(config, state.iteration, 1), config.num_epochs)
     rate = training.schedule(config.policy_optimizer, config.num_updates)(state.train.step)
     train, steps = jax.lax.scan(epoch, state.train, keys)
-    metrics = measurements(rollout) | gaps(rollout) | metrics
+    metrics = rollouts.measurements(rollout) | rollouts.gaps(rollout) | metrics
     metrics |= {name: jnp.mean(values) for name, values in steps.items()}
     if "policy/approxkl_avg" in steps:
         metrics["check/first_approxkl"] = steps["policy/approxkl_avg"][0, 0]
@@ -313,6 +285,9 @@ def update(
         "bad_step": train.bad_step,
         "lr": rate,
         "episode": (state.iteration + 1) * rollout.tokens.shape[0],
+        "model_flops": flops.of_iteration(
+            state.train.trainable, frozen, rollout.attend, rollout.mask, config.num_epochs
+        ),
     }
     new = State(train, state.iteration + 1, memory)
     old = state._replace(train=train)  # gradient_step has kept the last good parameters
@@ -425,16 +400,20 @@ def run(
     score = _check_inputs(algorithm.name, config, mesh, prompts, scorer, score, reward)
     loop.check_evaluation(config.eval_every, evaluate)
     drawing = Drawing(tokenizer.ends, choose, processors)
+    # Repeated where they are read: responses have to divide over the mesh, prompts need not.
+    places = np.repeat(np.arange(config.batch_size), config.samples_per_prompt)
+    prompts = prompts.reading(places[sharding.process_rows(mesh, config.num_responses)])
     with jax.set_mesh(mesh):
         trainable, bases = partition.partition(algorithm.networks(config, policy, critic))
-        frozen = sharding.place(mesh, {"reference": policy, "scorer": scorer, **bases})
-        state = sharding.initialise(mesh, init_state, config, algorithm.memory, trainable)
+        given = sharding.place(mesh, {"reference": policy, "scorer": scorer, **bases})
+        trained, frozen = loop.arranged(mesh, sharding.place(mesh, trainable), given)
+        state = sharding.initialise(mesh, init_state, config, algorithm.memory, trained)
         programs = compile_programs(algorithm, drawing, score, mesh, state, frozen)
         host_scores = functools.partial(host.scores, reward, tokenizer, prompts.examples)
         host_scores = host_scores if reward else None
 
         def figures(done: int, state: State) -> dict[str, float]:
-            return evaluate(done, partition.combine(frozen, state.train.trainable)["policy"])
+            return evaluate(done, loop.models_of(given, state.train)["policy"])
 
         state, history = loop.train(
             functools.partial(_iterate, config, programs, mesh, frozen, host_scores),
@@ -452,7 +431,7 @@ def run(
             observe=observe,
             evaluate=figures,
         )
-    return partition.combine(frozen, state.train.trainable), history
+    return loop.models_of(given, state.train), history
 
 
 def _check_inputs(name, config, mesh, prompts, scorer, score, reward) -> Score | None:
@@ -481,14 +460,16 @@ def _iterate(
     state: State,
     batch: Prompts,
 ) -> tuple[State, loop.Outcome]:
-    """One iteration: enqueues its three programs, and runs a reward in Python between them."""
+    """One iteration: enqueues its three programs, and runs a reward in Python between them.
+
+    `batch` has a row for each response.
+    """
     params = partition.combine(frozen, state.train.trainable)
-    # On the host, so that the responses have to divide over the mesh and the prompts need not.
-    batch = jax.tree.map(lambda x: np.repeat(x, config.samples_per_prompt, axis=0), batch)
     batch = sharding.put_rows(mesh, batch)
     samples, index = programs.sample(config, params, state.iteration, batch)
     rollout = programs.judge(config, params, samples, index)
     if host_scores is not None:  # while the device runs `judge`
-        rollout = rollout._replace(scores=sharding.put_rows(mesh, host_scores(samples, index)))
+        scores = sharding.put_own_rows(mesh, host_scores(samples, index), config.num_responses)
+        rollout = rollout._replace(scores=scores)
     state, metrics = programs.update(config, state, frozen, rollout)
     return state, loop.Outcome(metrics, metrics["num_tokens"], rollout)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlhf_jax import evaluation, sharding
+from rlhf_jax import evaluation, processes, sharding
 from rlhf_jax import online as online_algorithms
 from rlhf_jax.config import Config, fold_seed
 from rlhf_jax.data import batches, mixing, tokenizers
@@ -60,15 +60,25 @@ def check(
     `shape` is the policy's, `longest` the longest prompt and response together, in tokens; `stages`
     are the configurations of the stages by name.
     """
+    check_sizes(context.mesh, shape, longest, **stages)
+
+
+def check_sizes(
+    mesh: jax.sharding.Mesh,
+    shape: transformer.Config,
+    longest: int,
+    **stages: loop.Config | online_algorithms.Config,
+) -> None:
+    """`check` for a mesh alone, such as one that is only planned for."""
     for stage, config in stages.items():
         counts = {f"{stage}.{name}": count for name, count in config.row_counts().items()}
-        sharding.check_rows(context.mesh, **counts)
+        sharding.check_rows(mesh, **counts)
     transformer.check_length(shape, longest)
 
 
 def new_model(shape: transformer.Config, context: Context, seed: int) -> Model:
     """A model to be trained from scratch, sharded from the beginning."""
-    key = jax.random.key(seed)
+    key, shape = jax.random.key(seed), context.compute.of(shape)
     return sharding.initialise(context.mesh, transformer.init, shape, key, static_argnums=0)
 
 
@@ -192,8 +202,13 @@ def exam(
 
 
 def introduce(context: Context, data: Split, tokenizer: Tokenizer) -> None:
-    """Prints what was read, kept and dropped, and one example with its loss mask."""
+    """Prints what was read, kept and dropped, and one example with its loss mask.
+
+    Raises ValueError where processes of one run have read different data.
+    """
     name = type(data.train[0]).__name__.lower()
+    for part, examples in (("", data.train), (", held out", data.held_out)):
+        processes.agree(f"the data ({name}{part})", lambda x=examples: x.fingerprint())
     context.log.print(f"{name}: {batches.describe(data.train.counts)}")
     context.log.print(f"{name}, held out: {batches.describe(data.held_out.counts)}")
     if isinstance(data.train[0], batches.Demonstrations):

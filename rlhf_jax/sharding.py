@@ -1,18 +1,20 @@
-"""How arrays are divided over devices: the mesh, the rules, and constraints inside programs.
+"""How arrays are divided over devices: the mesh, the rules, and where arrays are put.
 
 A mesh has three axes. `data` splits the batch and replicates the parameters; `fsdp` splits both the
 batch and the parameters; `tensor` splits attention heads, hidden units and vocabulary. Only this
-module names the axes; other modules call its functions to divide arrays by rows or by `RULES`, or
-to replicate them.
+module and `shards` name the axes; other modules call their functions to divide arrays by rows or by
+`RULES`, or to replicate them.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -40,13 +42,21 @@ RULES = (
 )
 
 
-def make_mesh(data: int = 1, fsdp: int | None = None, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = 1,
+    fsdp: int | None = None,
+    tensor: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """A mesh with the axes (data, fsdp, tensor), each of the given size.
 
-    `fsdp=None` is all devices divided by `data * tensor`. Raises ValueError if that is no whole
-    number, or if the sizes need more devices than there are.
+    `fsdp=None` is all devices divided by `data * tensor`. Without `devices` the mesh is of the
+    first ones that there are; given ones, such as those of `plan.topology`, are all used.
+    Raises ValueError if `data * tensor` does not divide the devices, if the sizes need more than
+    there are, or fewer than are given.
     """
-    available = jax.device_count()
+    available = jax.device_count() if devices is None else len(devices)
     if min(data, tensor, 1 if fsdp is None else fsdp) < 1:
         raise ValueError(f"mesh data={data},fsdp={fsdp},tensor={tensor}: sizes must be at least 1")
     if fsdp is None:
@@ -57,21 +67,58 @@ def make_mesh(data: int = 1, fsdp: int | None = None, tensor: int = 1) -> Mesh:
             )
         fsdp = available // (data * tensor)
     wanted = data * fsdp * tensor
-    if wanted > available:
+    if wanted > available or devices is not None and wanted < available:
+        change = "lower" if wanted > available else "raise"
         raise ValueError(
             f"mesh data={data},fsdp={fsdp},tensor={tensor} needs {wanted} devices, but there are "
-            f"{available}; lower a size"
+            f"{available}; {change} a size"
         )
-    devices = jax.devices()[:wanted]
+    if wanted < available and devices is None and jax.process_count() > 1:
+        raise ValueError(
+            f"mesh data={data},fsdp={fsdp},tensor={tensor} uses {wanted} of {available} devices, "
+            "but several processes need all of theirs; raise a size"
+        )
+    devices = jax.devices()[:wanted] if devices is None else list(devices)
+    slices = len({x.slice_index for x in devices if hasattr(x, "slice_index")})
+    if slices > 1:
+        return _mesh_of_slices((data, fsdp, tensor), devices, slices)
     # With Auto axes the compiler propagates shardings; make_mesh's default is Explicit by now.
     return jax.make_mesh(
         (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
     )
 
 
+def _mesh_of_slices(shape: tuple[int, int, int], devices: list, slices: int) -> Mesh:
+    """A mesh of devices in groups with a fast network in each and a slow one between them.
+
+    Slices of TPUs are divided along `data`, whose gradients are all that crosses between them.
+    Machines with GPUs follow each other, so that `tensor`, the innermost axis, stays in one.
+    """
+    if devices[0].platform != "tpu":
+        arranged = np.array(devices).reshape(shape)
+    elif shape[0] % slices:
+        raise ValueError(
+            f"mesh data={shape[0]}: there are {slices} slices, so data must be a multiple of that; "
+            f"use --mesh data={slices}"
+        )
+    else:
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]),
+            (slices, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """The number of pieces into which the mesh splits the rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def tensor_shards(mesh: Mesh | AbstractMesh) -> int:
+    """The number of pieces into which the mesh splits heads, hidden units and vocabulary."""
+    return mesh.shape["tensor"]
 
 
 def check_rows(mesh: Mesh | AbstractMesh, **counts: int) -> None:
@@ -90,12 +137,15 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def spec_for(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
+def spec_for(mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...]) -> P:
     """How the parameter of this path and shape is split, by `RULES`.
 
     A dimension that its mesh axis does not divide is not split. Scalars (step counts) are
-    replicated. Raises ValueError if no rule matches.
+    replicated. The leading axis of stacked layers is not split, the others are as in one layer.
+    Raises ValueError if no rule matches.
     """
+    if re.search(r"(^|/)layers/", name):
+        return P(None, *spec_for(mesh, name.replace("layers/", ""), shape[1:]))
     if not shape:
         return P()
     for pattern, spec in RULES:
@@ -118,6 +168,23 @@ def tree(mesh: Mesh, arrays):
     return jax.tree.map_with_path(sharding, arrays)
 
 
+def with_leading_axis(array) -> NamedSharding | None:
+    """The sharding of several such arrays in one; None inside a program or without a mesh."""
+    where = _mesh_sharding(array)
+    return where and NamedSharding(where.mesh, P(None, *where.spec))
+
+
+def without_leading_axis(array) -> NamedSharding | None:
+    """The sharding of a slice of the leading axis; None inside a program or without a mesh."""
+    where = _mesh_sharding(array)
+    return where and NamedSharding(where.mesh, P(*where.spec[1:]))
+
+
+def _mesh_sharding(array) -> NamedSharding | None:
+    where = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
+    return where if isinstance(where, NamedSharding) else None
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """The sharding of batches and rollouts: their rows (the leading axis) over data and fsdp."""
     return NamedSharding(mesh, P(ROWS))
@@ -128,12 +195,132 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def process_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """The numbers of those rows of a batch of `count` that this process's devices hold, ascending.
+
+    They need not follow each other, because a mesh orders devices by how they are wired, and where
+    `tensor` reaches across processes, several of these hold the same rows. Raises ValueError if the
+    mesh does not divide the rows.
+    """
+    check_rows(mesh, rows=count)
+    return np.arange(count).reshape(row_shards(mesh), -1)[_process_shards(mesh)].reshape(-1)
+
+
+def _process_shards(mesh: Mesh) -> list[int]:
+    """The numbers of the row shards that this process's devices hold."""
+    here = jax.process_index()
+    shards = mesh.devices.reshape(row_shards(mesh), -1)
+    return [i for i, shard in enumerate(shards) if any(x.process_index == here for x in shard)]
+
+
 def put_rows(mesh: Mesh, batch):
-    """Puts a batch of host arrays onto the mesh. With several processes, each passes its rows."""
+    """Puts a batch of host arrays onto the mesh, split by rows.
+
+    With several processes each passes its own rows (`process_rows`), and nothing is communicated.
+    """
     sharding = rows(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    own, shards = _process_shards(mesh), row_shards(mesh)
+
+    def put(x):
+        size = x.shape[0] // len(own)
+
+        def piece(index):
+            begin = own.index((index[0].start or 0) // size) * size
+            return x[begin : begin + size]
+
+        return jax.make_array_from_callback((size * shards, *x.shape[1:]), sharding, piece)
+
+    return jax.tree.map(put, batch)
+
+
+def own_rows(arrays):
+    """The rows of arrays split by rows that this process answers for, on the host.
+
+    Every row belongs to one process, also where `tensor` reaches across processes and several hold
+    it; a process may then have none. Nothing is communicated. With one process these are all rows.
+    """
+
+    def pieces(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return x
+        size = x.shape[0] // row_shards(x.sharding.mesh)
+        data = {(shard.index[0].start or 0) // size: shard.data for shard in x.addressable_shards}
+        return [data[i] for i in _own_shards(x.sharding.mesh)]
+
+    def join(x, found):
+        if isinstance(found, list):
+            return np.concatenate(found) if found else np.zeros((0, *x.shape[1:]), x.dtype)
+        return found
+
+    leaves, structure = jax.tree.flatten(arrays)
+    found = jax.device_get([pieces(x) for x in leaves])
+    return jax.tree.unflatten(structure, map(join, leaves, found))
+
+
+def put_own_rows(mesh: Mesh, array: np.ndarray, count: int):
+    """The inverse of `own_rows` for one array of `count` rows in all; nothing is waited for.
+
+    Where `tensor` reaches across processes, the devices send the rows to those that lack them.
+    """
+    shards = mesh.devices.reshape(row_shards(mesh), -1)
+    if all(x.process_index == shard[0].process_index for shard in shards for x in shard):
+        return put_rows(mesh, array)
+    own, size = _own_shards(mesh), count // len(shards)
+
+    def piece(index):
+        if index[0].start:  # not the first device of the row shard
+            return np.zeros((1, size, *array.shape[1:]), array.dtype)
+        begin = own.index((index[1].start or 0) // size) * size
+        return array[None, begin : begin + size]
+
+    copies = (mesh.shape["tensor"], count, *array.shape[1:])
+    found = jax.make_array_from_callback(copies, NamedSharding(mesh, P("tensor", ROWS)), piece)
+    return _first_copy(rows(mesh))(found)
+
+
+@functools.lru_cache
+def _first_copy(sharding: NamedSharding) -> Callable:
+    return jax.jit(lambda x: x[0], out_shardings=sharding)
+
+
+def _own_shards(mesh: Mesh) -> list[int]:
+    """The numbers of the row shards of which this process holds the first device."""
+    here = jax.process_index()
+    shards = mesh.devices.reshape(row_shards(mesh), -1)
+    return [i for i, shard in enumerate(shards) if shard[0].process_index == here]
+
+
+def gather(arrays):
+    """The same arrays, readable by every process: those split over several are made whole.
+
+    This only enqueues work on the devices, each of which will hold the whole arrays. All processes
+    must call it, in the same order. With one process nothing happens.
+    """
+
+    def whole(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return _copy_to(replicated(x.sharding.mesh))(x)
+
+    return jax.tree.map(whole, arrays)
+
+
+@functools.lru_cache
+def _copy_to(sharding: NamedSharding) -> Callable:
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
+def to_host(arrays):
+    """A tree of arrays as arrays of the host, whole on every process.
+
+    Where they are split over several processes, one at a time is gathered onto every device, so the
+    devices need room for the largest of them. All processes must call it, in the same order.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(arrays)
+    return jax.tree.map(lambda x: jax.device_get(gather(x)), arrays)
 
 
 def place(mesh: Mesh, arrays):
@@ -154,79 +341,34 @@ def initialise(mesh: Mesh, init: Callable, *args, static_argnums=()):
     return compiled(*args)
 
 
-def constrain_rows(x, name: str = "rows"):
-    """Inside a program: the same arrays, with their rows split over data and fsdp.
+def abstract(mesh: Mesh, init: Callable, *args, static_argnums=()):
+    """What `initialise` would return, as shapes with their shardings: nothing is computed.
 
-    Without a mesh they are returned as they are. Raises ValueError, which calls the rows `name`, if
-    the mesh does not divide them.
+    The arguments may be shapes themselves.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    shapes = jax.jit(init, static_argnums=static_argnums).eval_shape(*args)
+    return jax.tree.map(_shape, shapes, tree(mesh, shapes))
+
+
+def abstract_rows(mesh: Mesh, batch):
+    """What `put_rows` would return for a batch of shapes, as shapes with their shardings."""
+    return jax.tree.map(lambda x: _shape(x, rows(mesh)), batch)
+
+
+def cast(x, dtype):
+    """An array, or a shape with a sharding, in another type; itself where it has that type."""
+    if x.dtype == dtype:
         return x
-    check_rows(mesh, **{name: jax.tree.leaves(x)[0].shape[0]})
-    return jax.tree.map(
-        lambda y: jax.lax.with_sharding_constraint(y, P(ROWS, *(None,) * (y.ndim - 1))), x
-    )
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return x.astype(dtype)
 
 
-def constrain_heads(x):
-    """Inside a program, [B, H, ...]: rows split over data and fsdp, heads over tensor.
-
-    Heads that the tensor axis does not divide stay whole. Without a mesh nothing changes.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    heads = "tensor" if x.shape[1] % mesh.shape["tensor"] == 0 else None
-    return jax.lax.with_sharding_constraint(x, P(ROWS, heads, *(None,) * (x.ndim - 2)))
+def _shape(leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def platform() -> str:
-    """The kind of device that a program is compiled for: "cpu", "gpu" or "tpu".
-
-    It is that of the devices of the mesh in use, which need not be there: a program for a TPU can
-    be compiled on a machine without one. Without a mesh it is jax's default.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
-def per_shard(function: Callable, *arrays):
-    """Inside a program: `function(*arrays)`, run by each device on its own rows and heads.
-
-    Arrays are [B, H, ...] or, for all heads alike, [B, T]; the result is [B, H, ...]. Compilers
-    cannot split kernels, nor loops over rows, by themselves. Where the tensor axis does not divide
-    the heads of an array, but is a multiple of them, these are repeated, so that each device has
-    the one that its query heads share; otherwise every device computes all heads.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return function(*arrays)
-    size = mesh.shape["tensor"]
-    counts = [x.shape[1] for x in arrays if x.ndim > 2]
-    split = counts[0] % size == 0 and all(n % size == 0 or size % n == 0 for n in counts)
-
-    def repeated(x):
-        if x.ndim == 2 or not split or x.shape[1] % size == 0:
-            return x
-        return jax.numpy.repeat(x, size // x.shape[1], axis=1)
-
-    heads = P(ROWS, "tensor" if split else None)
-    return jax.shard_map(
-        function,
-        in_specs=tuple(P(ROWS) if x.ndim == 2 else heads for x in arrays),
-        out_specs=heads,
-        check_vma=False,  # kernels do not say over which axes their results vary
-    )(*(repeated(x) for x in arrays))
-
-
-def gather_width(table):
-    """Inside a program, [V, D]: vocabulary split over tensor, width gathered from fsdp.
-
-    Without a mesh nothing changes.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return table
-    rows = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
-    return jax.lax.with_sharding_constraint(table, P(rows, None))
+def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of a shape with a sharding on one device, without the padding of layouts."""
+    part = leaf.sharding.shard_shape(leaf.shape)
+    return int(np.prod(part)) * leaf.dtype.itemsize

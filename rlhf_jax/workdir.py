@@ -15,30 +15,32 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
-import shutil
 import time
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
+from rlhf_jax import processes, storage
 from rlhf_jax.config import Config, Source
 from rlhf_jax.data import formats
-from rlhf_jax.training.metrics import Log, flat, plain, read_object, write_atomically
+from rlhf_jax.storage import Path
+from rlhf_jax.training.metrics import Log, flat, plain, read_object
 from rlhf_jax.training.state import TrainingStopped
 
 # The settings that may grow when a workdir is used again: the length of the last stage. If an
 # earlier stage could grow, the later stages would have been trained on a model that is gone.
 LENGTHS = ("num_iterations",)
+SHARED_SECONDS = 5.0  # within which a file of another host must come into sight
 _PIECE, _READ_WHOLE = 2**16, 2**28  # bytes
 
 
-def new_folder(experiment: str) -> Path:
+def new_folder(experiment: str) -> pathlib.Path:
     """A folder under runs/ that does not exist yet, named after the experiment and the time."""
-    base = Path("runs") / f"{experiment}-{time.strftime('%Y%m%d-%H%M%S')}"
+    base = pathlib.Path("runs") / f"{experiment}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, count = base, 1
     while folder.exists():
         count += 1
@@ -46,10 +48,21 @@ def new_folder(experiment: str) -> Path:
     return folder
 
 
-def describe(experiment: str, config: Config, data: Path | None, folder: Path) -> dict:
-    """The part of config.json with which a later use of the folder must agree."""
+def describe(
+    experiment: str,
+    config: Config,
+    data: pathlib.Path | None,
+    folder: Path,
+    dtype: str | None = None,
+) -> dict:
+    """The part of config.json with which a later use of the folder must agree.
+
+    `dtype` is that of matrix products where the command line says so. How the layers are looped
+    over and what is computed again only changes roundings, and may change as the mesh may.
+    """
     return {
         "experiment": experiment,
+        "dtype": dtype,
         "config": plain(dataclasses.asdict(config)),
         "data": None if data is None else str(data.resolve()),
         "contents": _fingerprints(config, folder),
@@ -91,17 +104,59 @@ def compare(folder: Path, run: dict) -> dict | None:
     return read_object(folder / "summary.json", "remove the file to finish the run again")
 
 
+def check_shared(folder: Path) -> None:
+    """Raises ValueError, on every process, unless all of them see what process 0 writes there.
+
+    Nothing stays behind. With one process nothing is done.
+    """
+    if jax.process_count() == 1:
+        return
+
+    found = []
+
+    def leave_mark() -> str:
+        found.append(_inspect(folder)._replace(texts={}))
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = f"shared-{os.getpid()}-{time.time_ns()}"
+        storage.write(folder / mark, mark)
+        return mark
+
+    mark = processes.first(leave_mark)
+    answers = processes.texts("seen" if _appears(folder / mark) else "")
+
+    def clean() -> None:
+        (folder / mark).unlink()
+        _restore(folder, *found)
+
+    processes.first(clean)
+    if "" in answers:
+        raise ValueError(
+            f"--workdir {folder}: process {answers.index('')} does not see what process 0 writes "
+            "there; name a folder that all hosts share, by its absolute path, or one in a bucket"
+        )
+
+
+def _appears(file: Path) -> bool:
+    """Whether a file that exists comes into sight; a network file system may need a moment."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def begin(folder: Path, run: dict, mesh: jax.sharding.Mesh) -> None:
     """Marks the folder as holding `run`, unfinished, and notes the machine and the versions."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)
     described = run | _environment(mesh)
-    write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
+    storage.write(folder / "config.json", json.dumps(described, indent=2) + "\n")
 
 
 def finish(folder: Path, summary: dict) -> None:
     """Marks the run in the folder as finished."""
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    storage.write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -130,6 +185,7 @@ def _settings(run: dict, other: dict) -> dict:
     settings = flat(run["config"]) | {"experiment file": run["experiment"]}
     if run.get("data") and other.get("data"):  # an experiment that reads no data may be given some
         settings["data"] = run["data"]
+    settings["dtype"] = run.get("dtype")
     for name, fingerprint in run.get("contents", {}).items():
         if name in other.get("contents", {}):
             settings[f"contents of {name}"] = fingerprint
@@ -155,13 +211,13 @@ def _fingerprints(config: Config, folder: Path, prefix: str = "") -> dict[str, s
         if isinstance(value, Config):
             found |= _fingerprints(value, folder, f"{prefix}{field.name}.")
         elif hints[field.name] is Source and value:
-            path = Path(os.path.expanduser(formats.located(value)[0]))
+            path = pathlib.Path(os.path.expanduser(formats.located(value)[0]))
             if path.exists():
                 found[f"{prefix}{field.name}"] = _fingerprint(path, folder)
     return found
 
 
-def _fingerprint(path: Path, workdir: Path) -> str:
+def _fingerprint(path: pathlib.Path, workdir: Path) -> str:
     """A hash of a file, or of all files in a folder; a large file is read at 64 places only.
 
     Files in the workdir do not count, because the run itself writes them.
@@ -169,7 +225,7 @@ def _fingerprint(path: Path, workdir: Path) -> str:
     digest = hashlib.blake2b(digest_size=8)
     files = sorted(x for x in path.rglob("*") if x.is_file()) if path.is_dir() else [path]
     for file in files:
-        if file.resolve().is_relative_to(workdir.resolve()):
+        if file.resolve().is_relative_to(storage.absolute(workdir).resolve()):
             continue
         size = file.stat().st_size
         offsets = range(0, size, _PIECE)
@@ -213,7 +269,9 @@ class _Found(NamedTuple):
 
 def _inspect(folder: Path) -> _Found:
     empty = not folder.exists() or not any(folder.iterdir())
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    # A bucket has no folders of its own: they come and go with what is in them.
+    parents = () if storage.in_bucket(folder) else (folder, *folder.parents)
+    missing = [path for path in parents if not path.exists()]
     paths = [folder / name for name in ("config.json", "summary.json")]
     texts = {path.name: path.read_text(encoding="utf-8") for path in paths if path.exists()}
     return _Found(empty, missing, texts)
@@ -223,10 +281,10 @@ def _restore(folder: Path, found: _Found) -> None:
     if not folder.exists():
         return
     for name, text in found.texts.items():
-        write_atomically(folder / name, text)
+        storage.write(folder / name, text)
     if found.empty:
-        shutil.rmtree(folder)
-        if folder not in found.missing:
+        storage.remove(folder)
+        if folder not in found.missing and not storage.in_bucket(folder):
             folder.mkdir()
         for parent in found.missing[1:]:
             if not any(parent.iterdir()):  # another run may have begun there meanwhile

@@ -111,3 +111,43 @@ def load_program(name):
 def experiment(caches):
     """`experiment(name)` is the module of a program in experiments/, such as "quickstart"."""
     return load_program
+
+
+class Programs:
+    """The compiled programs that were called, each with the shapes of its arguments."""
+
+    def __init__(self):
+        self.called, self._recorders = set(), {}
+
+    def recorder(self, function):
+        """The function, or what stands in for it and remembers how it is called."""
+
+        def recording(*args):
+            self.called.add((recording, self.shapes(args)))
+            return function(*args)
+
+        return self._recorders.setdefault(function, recording)
+
+    def of(self, planned):
+        """The same of programs that are only planned."""
+        return {(x.function, self.shapes(x.arguments)) for x in planned if x.function}
+
+    @staticmethod
+    def shapes(args):
+        """Real numbers of configurations have no shape, and are constants or traced numbers."""
+        import jax
+
+        arrays = [x for x in jax.tree.leaves(args) if hasattr(x, "shape")]
+        return tuple((tuple(x.shape), str(x.dtype)) for x in arrays)
+
+
+@pytest.fixture
+def called_programs(monkeypatch):
+    """Records every call of a compiled program that a plan has to know."""
+    from rlhf_jax.data import epoch
+    from rlhf_jax.training import loop
+
+    found, make, make_epoch = Programs(), loop._compiled, epoch.program
+    monkeypatch.setattr(loop, "_compiled", lambda *args: found.recorder(make(*args)))
+    monkeypatch.setattr(epoch, "program", lambda *args: found.recorder(make_epoch(*args)))
+    return found

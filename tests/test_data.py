@@ -726,7 +726,7 @@ def test_a_process_that_leaves_its_batches_unread_still_ends(tmp_path):
         "from rlhf_jax.data import batches, tokenizers; "
         "rows = [{'prompt': str(i)} for i in range(9)]; "
         "examples = batches.prompts(rows, tokenizers.byte_tokenizer(), max_prompt=4); "
-        "batch = next(batches.Loader(examples, 2).from_position(3, host=0, hosts=1))"
+        "batch = next(batches.Loader(examples, 2).from_position(3))"
     )
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
@@ -747,17 +747,18 @@ def test_batches_are_prefetched_by_another_thread():
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_hosts_read_slices_of_the_same_global_batch(hosts):
+def test_processes_read_their_places_of_the_same_global_batch(hosts):
+    """A mesh may give a process places that are apart, and online stages read a place twice."""
     loader = Loader(numbered(10), 8, seed=2)
-    iterators = [loader.from_position(1, host, hosts) for host in range(hosts)]
+    order = np.array([5, 0, 1, 4, 6, 6, 7, 2])
+    parts = [loader.reading(places) for places in np.split(order, hosts)]
+    iterators = [part.from_position(1) for part in parts]
     for i in (1, 2, 3):
         whole = loader.batch(i)
-        parts = [loader.host_batch(i, host, hosts) for host in range(hosts)]
-        streamed = [next(iterator) for iterator in iterators]
-        for field, *pieces in zip(whole, *parts):
-            np.testing.assert_array_equal(np.concatenate(pieces), field)
-        for field, *pieces in zip(whole, *streamed):
-            np.testing.assert_array_equal(np.concatenate(pieces), field)
+        for field, *pieces in zip(whole, *(part.batch(i) for part in parts)):
+            np.testing.assert_array_equal(np.concatenate(pieces), field[order])
+        for field, *pieces in zip(whole, *(next(iterator) for iterator in iterators)):
+            np.testing.assert_array_equal(np.concatenate(pieces), field[order])
 
 
 def test_a_prompt_drawn_twice_in_a_batch_has_two_numbers():
@@ -800,7 +801,7 @@ def test_an_epoch_for_evaluation_is_every_row_once_in_order_in_one_shape():
     assert [batches.real_rows(batch) for batch in epoch] == [4, 4, 2]
     assert np.concatenate([batch.index for batch in epoch]).tolist() == [*range(10), -1, -1]
     assert epoch[-1].attend[2:].sum() == 0 and (epoch[-1].tokens[2:] == PAD).all()
-    halves = [loader.epoch_batches(host, 2)[-1] for host in (0, 1)]
+    halves = [loader.reading(x).epoch_batches()[-1] for x in (np.arange(2), np.arange(2, 4))]
     assert np.concatenate([half.index for half in halves]).tolist() == [8, 9, -1, -1]
 
 
@@ -877,8 +878,6 @@ def test_a_loader_that_can_draw_nothing_is_refused():
     loader = Loader(numbered(2), 3)
     fails("batch number -1 must be 0 or more", loader.batch, -1)
     fails("batch number -1 must be 0 or more", loader.from_position, -1)
-    fails(r"batch_size=3 rows cannot be split for host 0 of 2; .*", loader.host_batch, 0, 0, 2)
-    fails(r"batch_size=3 rows cannot be split for host 3 of 3; .*", loader.host_batch, 0, 3, 3)
 
 
 # What people see before step 1.

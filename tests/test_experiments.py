@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from rlhf_jax import evaluation, launch
+from rlhf_jax import evaluation, launch, sharding
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.sampling import Sampling
 
@@ -45,7 +45,9 @@ def test_an_experiment_imports_without_side_effects(experiment, path, tmp_path, 
     assert not any(tmp_path.iterdir())
 
 
-def test_the_quickstart_runs_writes_its_files_and_continues(experiment, tmp_path, capsys):
+def test_the_quickstart_runs_writes_its_files_and_continues(
+    experiment, tmp_path, capsys, called_programs
+):
     quickstart = experiment("quickstart")
     workdir = ["--workdir", str(tmp_path / "run"), *ONE_DEVICE]
     summary = launch.launch(quickstart.run, small(quickstart.config), workdir)
@@ -68,6 +70,11 @@ def test_the_quickstart_runs_writes_its_files_and_continues(experiment, tmp_path
     printed = capsys.readouterr().out
     assert "rows, 3800 kept, none dropped" in printed and "⟦" in printed
     assert "The same prompts before and after training" in printed
+
+    # What `--plan` compiles is what was run: the same functions, with arguments of the same shapes.
+    ran, mesh = set(called_programs.called), sharding.make_mesh(1, 1, 1)
+    planned = called_programs.of(quickstart.programs(small(quickstart.config), mesh))
+    assert ran == planned and len(ran) == 9
 
     # More iterations continue: SFT and the reward model are restored, not trained again.
     longer = launch.launch(quickstart.run, small(quickstart.config, iterations=3), workdir)

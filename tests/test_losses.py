@@ -570,8 +570,9 @@ def test_chunked_logprobs_their_gradients_and_the_entropy_equal_the_plain_ones(c
         return losses.token_logprobs(logits, tokens, temperature)
 
     def chunked(hidden, kernel, temperature):
+        chunk_bytes = 4 * 2 * 11 * chunk  # the logits of this many positions of both rows
         return losses.chunked_token_logprobs(
-            hidden, kernel, tokens, temperature, softcap, chunk=chunk
+            hidden, kernel, tokens, temperature, softcap, chunk_bytes=chunk_bytes
         )
 
     arguments = (hidden, kernel, jnp.float32(0.7))
@@ -595,7 +596,7 @@ def test_the_entropy_carries_no_gradient():
     hidden, kernel, tokens = hidden_batch(2, 7, 5, 11)
 
     def entropy(hidden, kernel):
-        return losses.chunked_token_logprobs(hidden, kernel, tokens, chunk=3)[1].sum()
+        return losses.chunked_token_logprobs(hidden, kernel, tokens, chunk_bytes=264)[1].sum()
 
     for grad in jax.jit(jax.grad(entropy, (0, 1)))(hidden, kernel):
         assert (np.asarray(grad) == 0).all()
@@ -618,7 +619,7 @@ def test_chunking_keeps_the_vocabulary_out_of_memory_forward_and_backward():
 
     plain_bytes, plain_array = compiled(lambda h, k: losses.token_logprobs(h @ k, tokens).sum())
     bytes_, array = compiled(
-        lambda h, k: losses.chunked_token_logprobs(h, k, tokens, chunk=8)[0].sum()
+        lambda h, k: losses.chunked_token_logprobs(h, k, tokens, chunk_bytes=2**18)[0].sum()
     )
     assert array < whole and bytes_ < 4 * whole
     # The same measurement does see the array where there is one.
@@ -628,7 +629,7 @@ def test_chunking_keeps_the_vocabulary_out_of_memory_forward_and_backward():
 def test_bfloat16_inputs_give_float32_logprobs():
     hidden, kernel, tokens = hidden_batch(2, 7, 5, 11)
     small = hidden.astype(jnp.bfloat16)
-    logprobs, entropy = losses.chunked_token_logprobs(small, kernel, tokens, chunk=3)
+    logprobs, entropy = losses.chunked_token_logprobs(small, kernel, tokens, chunk_bytes=264)
     assert logprobs.dtype == entropy.dtype == jnp.float32
     logits = (small @ kernel.astype(jnp.bfloat16)).astype(jnp.bfloat16)
     assert losses.token_logprobs(logits, tokens).dtype == jnp.float32

@@ -28,11 +28,6 @@ SPREAD = {
         r"last batch (\S+),": 0.037,
         r"held out (\S+) nats": 0.001,
         r"accuracy (\S+) \(95 %": 0.015,
-        r"gold score (\S+) ±": 0.03,
-        r"gold score .* -> (\S+)": 0.02,
-        r"reward +(\S+) ±": 0.17,
-        r"reward .* -> (\S+)": 0.22,
-        r"KL +(\S+) ±": 0.74,
     },
     "02_swap_the_loss.ipynb": {
         r"(\d+) prompts": 0,
@@ -40,6 +35,20 @@ SPREAD = {
         r"did not sample: (\S+)": 0.032,
         r"clip fraction (\S+), with": 0.0695,
         r"wider bound (\S+)": 0.0801,
+    },
+}
+# The same for what PPO has learned. It draws its own data, so another last digit soon means other
+# samples, and another processor is like another seed. The difference of two normal draws exceeds
+# the mean spread of three in a quarter of the cases, and three times that in 3 of 10,000.
+SPREAD_OF_PPO = {
+    "01_tour.ipynb": {
+        r"gold score (\S+) ±": 0.03,
+        r"gold score .* -> (\S+)": 0.02,
+        r"reward +(\S+) ±": 0.17,
+        r"reward .* -> (\S+)": 0.22,
+        r"KL +(\S+) ±": 0.74,
+    },
+    "02_swap_the_loss.ipynb": {
         r"high 0.4, kl_coef 0.03: clip fraction (\S+),": 0.0119,
         r"kl_coef 0.1: clip fraction (\S+),": 0.037,
         r"kl_coef 0.1: .* penalty (\S+),": 0.5217,
@@ -51,6 +60,7 @@ SPREAD = {
         r"clip fraction, last.* clip_higher (\S+)": 0.017,
     },
 }
+SPREADS_OF_PPO = 3
 
 
 def read(name):
@@ -87,8 +97,9 @@ def check_equal(stored, fresh):
 
 
 def check_figures(name, stored, fresh):
-    """Every figure of `SPREAD` is as near to the stored one as it says."""
-    for pattern, spread in SPREAD[name].items():
+    """Every figure is as near to the stored one as `SPREAD` and `SPREAD_OF_PPO` say."""
+    of_ppo = {pattern: SPREADS_OF_PPO * x for pattern, x in SPREAD_OF_PPO[name].items()}
+    for pattern, spread in (SPREAD[name] | of_ppo).items():
         (before,), (after,) = (re.findall(pattern, text) for text in (stored, fresh))
         # 1e-9, because a decimal such as 0.63 is no binary fraction.
         assert abs(float(after) - float(before)) <= spread + 1e-9, (pattern, before, after)

@@ -10,6 +10,7 @@ import pytest
 from rlhf_jax import launch
 from rlhf_jax.models import huggingface, transformer
 from rlhf_jax.sampling import Sampling
+from rlhf_jax.tasks import own_data as task
 
 pytestmark = pytest.mark.usefixtures("caches")
 ONE_DEVICE = ["--mesh", "data=1,fsdp=1,tensor=1"]
@@ -74,7 +75,7 @@ def start(own_data):
     """`start(config, workdir)` runs the experiment and returns its summary."""
 
     def start(config, workdir):
-        return launch.launch(own_data.run, config, ["--workdir", str(workdir), *ONE_DEVICE])
+        return launch.launch(task.run, config, ["--workdir", str(workdir), *ONE_DEVICE])
 
     return start
 
@@ -193,19 +194,19 @@ def test_rows_that_fit_two_formats_are_read_as_the_one_that_is_named(
     file = jsonl(tmp_path / "ultra.jsonl", [{"chosen": 3}, *rows])
     config = small(own_data, preferences=file, prompts=files["prompts"], plain_template=True)
     config = dataclasses.replace(config, max_prompt=64, max_response=64, on_bad_row="drop")
-    tokenizer = own_data.open_tokenizer(real_data / "models" / "stories260K", True)
+    tokenizer = task.open_tokenizer(real_data / "models" / "stories260K", True)
     with pytest.raises(
         ValueError, match=r"no usable row is left \(\d+ rows, 0 kept, .* faulty row"
     ):
-        own_data.read(config, tokenizer)
+        task.read(config, tokenizer)
     config = dataclasses.replace(config, preferences_format="preference")
-    data = own_data.read(config, tokenizer)
+    data = task.read(config, tokenizer)
     parts = (data.first, data.second, data.comparisons_eval)
     assert sum(len(part) for part in parts) == len(ANIMALS)
     with pytest.raises(
         ValueError, match="format='parquet' is not known; use one of text, prompt, "
     ):
-        own_data.read(dataclasses.replace(config, preferences_format="parquet"), tokenizer)
+        task.read(dataclasses.replace(config, preferences_format="parquet"), tokenizer)
 
 
 QUESTIONS = [f"What does a {x} do?" for x in ANIMALS]
@@ -249,7 +250,7 @@ PAIRS = {
 def test_the_policy_is_asked_as_it_was_taught_and_scored_whatever_the_files(
     own_data, tmp_path, real_data, told, ranked, asked
 ):
-    tokenizer = own_data.open_tokenizer(real_data / "tokenizers" / "minimind", False)
+    tokenizer = task.open_tokenizer(real_data / "tokenizers" / "minimind", False)
     config = small(own_data, preferences=jsonl(tmp_path / "pairs.jsonl", PAIRS[ranked]))
     config = dataclasses.replace(config, max_prompt=64)
     if told:
@@ -257,7 +258,7 @@ def test_the_policy_is_asked_as_it_was_taught_and_scored_whatever_the_files(
     if asked:
         asked = jsonl(tmp_path / "prompts.jsonl", [{"prompt": q} for q in QUESTIONS])
     config = dataclasses.replace(config, demonstrations=told or "", prompts=asked or "")
-    data = own_data.read(config, tokenizer)
+    data = task.read(config, tokenizer)
     prompts = {tuple(row.ids.tolist()) for part in data.prompts for row in part.rows}
     assert len(prompts) == len(ANIMALS)
     parts = [*(data.demonstrations or ()), data.first, data.second, data.comparisons_eval]
@@ -267,34 +268,34 @@ def test_the_policy_is_asked_as_it_was_taught_and_scored_whatever_the_files(
         assert any(tuple(ids[: len(prompt)].tolist()) == prompt for prompt in prompts)
     if asked:  # PPO alone, with a scorer from elsewhere
         alone = dataclasses.replace(config, demonstrations="", preferences="")
-        found = own_data.read(alone, tokenizer).prompts
+        found = task.read(alone, tokenizer).prompts
         assert {tuple(row.ids.tolist()) for part in found for row in part.rows} == prompts
 
 
 def test_raw_prompts_are_fed_as_they_stand_and_not_beside_messages(own_data, tmp_path, real_data):
-    tokenizer = own_data.open_tokenizer(real_data / "tokenizers" / "minimind", False)
+    tokenizer = task.open_tokenizer(real_data / "tokenizers" / "minimind", False)
     pairs = jsonl(tmp_path / "pairs.jsonl", PAIRS["text"])
     config = small(own_data, preferences=pairs, raw_prompts=True)
-    data = own_data.read(config, tokenizer)
+    data = task.read(config, tokenizer)
     assert tokenizer.decode(data.prompts[0].rows[0].ids) in QUESTIONS
     chats = jsonl(tmp_path / "chats.jsonl", TEXTS["ultrachat"])
     config = dataclasses.replace(config, demonstrations=chats)
     with pytest.raises(ValueError, match="chats.jsonl: its rows are read as messages, which raw"):
-        own_data.read(config, tokenizer)
-    plain = own_data.open_tokenizer(real_data / "models" / "stories260K", False)
+        task.read(config, tokenizer)
+    plain = task.open_tokenizer(real_data / "models" / "stories260K", False)
     with pytest.raises(ValueError, match="the tokenizer has no chat template; .* --plain-template"):
-        own_data.read(config, plain)
+        task.read(config, plain)
 
 
 def test_entries_of_a_dataset_info_and_pairs_of_languages_are_files_too(
     own_data, tmp_path, real_data
 ):
-    tokenizer = own_data.open_tokenizer(real_data / "models" / "stories260K", False)
+    tokenizer = task.open_tokenizer(real_data / "models" / "stories260K", False)
     rows = [{"en": q, "de": "Es läuft."} for q in QUESTIONS]
     file = jsonl(tmp_path / "pairs.jsonl", rows)
     config = small(own_data, demonstrations=file, demonstrations_format="en:de")
     config = dataclasses.replace(config, max_prompt=64, max_response=64)
-    train, held_out = own_data.read(config, tokenizer).demonstrations
+    train, held_out = task.read(config, tokenizer).demonstrations
     assert len(train) + len(held_out) == len(ANIMALS)
     info = tmp_path / "dataset_info.json"
     columns = {"prompt": "en", "response": "de"}
@@ -302,36 +303,36 @@ def test_entries_of_a_dataset_info_and_pairs_of_languages_are_files_too(
     config = dataclasses.replace(
         config, demonstrations=f"{info}:mine", demonstrations_format="", plain_template=True
     )
-    tokenizer = own_data.open_tokenizer(real_data / "models" / "stories260K", True)
-    train, held_out = own_data.read(config, tokenizer).demonstrations
+    tokenizer = task.open_tokenizer(real_data / "models" / "stories260K", True)
+    train, held_out = task.read(config, tokenizer).demonstrations
     assert len(train) + len(held_out) == len(ANIMALS)
     wrong = dataclasses.replace(config, demonstrations=file)
     with pytest.raises(ValueError, match="pairs.jsonl:1: the row is a translation without a dir"):
-        own_data.read(wrong, tokenizer)
+        task.read(wrong, tokenizer)
     twice = dataclasses.replace(config, demonstrations_format="alpaca")
     with pytest.raises(ValueError, match="info.json:mine: the entry says its format; leave 'alp"):
-        own_data.read(twice, tokenizer)
+        task.read(twice, tokenizer)
 
 
 def test_texts_without_prompts_do_not_stand_beside_prompts_in_a_template(
     own_data, tmp_path, real_data
 ):
-    tokenizer = own_data.open_tokenizer(real_data / "tokenizers" / "minimind", False)
+    tokenizer = task.open_tokenizer(real_data / "tokenizers" / "minimind", False)
     texts = jsonl(tmp_path / "texts.jsonl", [{"text": q} for q in QUESTIONS])
     prompts = jsonl(tmp_path / "prompts.jsonl", [{"prompt": q} for q in QUESTIONS])
     config = small(own_data, demonstrations=texts)
-    assert len(own_data.read(config, tokenizer).demonstrations) == 2  # alone they may
+    assert len(task.read(config, tokenizer).demonstrations) == 2  # alone they may
     config = dataclasses.replace(config, prompts=prompts)
     with pytest.raises(
         ValueError, match="texts.jsonl: its texts have no prompts, .* --raw-prompts"
     ):
-        own_data.read(config, tokenizer)
-    data = own_data.read(dataclasses.replace(config, raw_prompts=True), tokenizer)
+        task.read(config, tokenizer)
+    data = task.read(dataclasses.replace(config, raw_prompts=True), tokenizer)
     assert tokenizer.decode(data.prompts[0].rows[0].ids) in QUESTIONS
     few = jsonl(tmp_path / "few.jsonl", [{"text": "one"}, {"text": "two"}])
     config = small(own_data, demonstrations=few)
     with pytest.raises(ValueError, match="few.jsonl: . rows to train on and . held out; give more"):
-        own_data.read(dataclasses.replace(config, held_out=0.01), tokenizer)
+        task.read(dataclasses.replace(config, held_out=0.01), tokenizer)
 
 
 def test_more_iterations_replace_the_exported_policy(own_data, start, tmp_path, files, real_data):

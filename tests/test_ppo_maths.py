@@ -17,6 +17,7 @@ from rlhf_jax.data.batches import Comparisons, Demonstrations, Prompts
 from rlhf_jax.data.records import Ends
 from rlhf_jax.models import heads, transformer
 from rlhf_jax.rewards import learned
+from rlhf_jax.sampling import rollout as rollouts
 from rlhf_jax.sampling.decode import Sampling
 from rlhf_jax.sampling.rollout import Drawing, Rollout
 from rlhf_jax.training import loop
@@ -367,7 +368,7 @@ def test_a_policy_away_from_its_reference_is_paid_minus_the_kl(models):
     config = plain_config(kl_coef=0.3)
     rollout = with_values_of_0(some_rollout(models))
     batch, _, metrics = make_batch(config, rollout)
-    metrics = online.measurements(rollout) | metrics
+    metrics = rollouts.measurements(rollout) | metrics
     gap = np.asarray((rollout.old_logprobs - rollout.ref_logprobs) * rollout.mask)
     start = len(PROMPT)
     expected = np.asarray(rollout.scores) - 0.3 * gap.sum(axis=1)
@@ -406,7 +407,7 @@ def test_the_rlhf_reward_is_the_score_and_the_penalty_together(models):
 
 def test_entropy_is_logged_as_trl_estimates_it_and_exactly_per_token(models):
     rollout = some_rollout(models)
-    metrics = online.measurements(rollout)
+    metrics = rollouts.measurements(rollout)
     mask = np.asarray(rollout.mask)
     sampled = -(np.asarray(rollout.old_logprobs) * mask).sum(axis=1)
     assert metrics["objective/entropy"] == pytest.approx(sampled.mean(), rel=1e-5)

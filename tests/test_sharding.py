@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax import sharding
+from rlhf_jax import sharding, shards
 from rlhf_jax.algorithms import reward_model, sft
 from rlhf_jax.data.batches import Comparisons, Demonstrations
 from rlhf_jax.models import lora, transformer
@@ -217,10 +217,10 @@ def test_rows_are_split_and_constraints_do_nothing_without_a_mesh():
     assert {shard.data.shape for shard in put.addressable_shards} == {(2, 2)}
     assert sharding.replicated(mesh).is_fully_replicated
     x = jnp.ones((8, 2, 3))
-    assert sharding.constrain_rows(x) is x and sharding.constrain_heads(x) is x
+    assert shards.constrain_rows(x) is x and shards.constrain_heads(x) is x
     with jax.set_mesh(mesh):
-        heads = jax.jit(sharding.constrain_heads)(put[:, :, None])
-        odd = jax.jit(sharding.constrain_heads)(jnp.ones((8, 3, 1)))
+        heads = jax.jit(shards.constrain_heads)(put[:, :, None])
+        odd = jax.jit(shards.constrain_heads)(jnp.ones((8, 3, 1)))
     assert {shard.data.shape for shard in heads.addressable_shards} == {(2, 1, 1)}
     assert {shard.data.shape for shard in odd.addressable_shards} == {(2, 3, 1)}
 

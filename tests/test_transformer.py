@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax import losses
 from rlhf_jax.data.records import Ends
-from rlhf_jax.models import heads, layers, lora, transformer
+from rlhf_jax.models import decoding, heads, layers, lora, transformer
 from rlhf_jax.sampling import decode
 
 CONFIG = transformer.Config(
@@ -106,9 +106,9 @@ def test_a_model_called_outside_of_jit_is_one_compiled_program_a_function(model,
 
     count, hidden = programs(transformer.hidden_states, model, tokens, tokens)
     assert count == 1
-    count, (_, cache) = programs(transformer.prefill, model, tokens, tokens, 9)
+    count, (_, cache) = programs(decoding.prefill, model, tokens, tokens, 9)
     assert count == 1
-    assert programs(transformer.decode, model, cache, tokens[:, 0])[0] == 1
+    assert programs(decoding.decode, model, cache, tokens[:, 0])[0] == 1
     assert programs(heads.token_logprobs, model, hidden, tokens, 1.0, 3)[0] == 1
     assert programs(heads.sequence_scores, scorer, tokens, tokens)[0] == 1
     assert programs(transformer.hidden_states, model, tokens + 1, tokens)[0] == 0
@@ -147,10 +147,10 @@ def test_cached_decode_gives_what_the_full_forward_gives_at_every_position(model
 
     @jax.jit
     def cached(model, tokens, attend, responses):
-        hidden, cache = transformer.prefill(model, tokens, attend, T)
+        hidden, cache = decoding.prefill(model, tokens, attend, T)
 
         def step(cache, token):
-            hidden, cache = transformer.decode(model, cache, token)
+            hidden, cache = decoding.decode(model, cache, token)
             return cache, hidden
 
         _, rest = jax.lax.scan(step, cache, responses.T)
@@ -164,7 +164,7 @@ def test_cached_decode_gives_what_the_full_forward_gives_at_every_position(model
 def test_a_prompt_and_response_longer_than_the_model_are_refused(model):
     tokens = jnp.ones((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="need 17 positions, but the model has max_length=16"):
-        transformer.prefill(model, tokens, tokens, 17)
+        decoding.prefill(model, tokens, tokens, 17)
 
 
 def test_a_token_does_not_change_what_was_said_before_it(model):

@@ -108,3 +108,9 @@ def share_below_128(params, tokens, attend, mask):
     """An on-device reward without parameters: the share of ids below 128."""
     del params, attend
     return ((tokens < 128) * mask).sum(1) / mask.sum(1)
+
+
+def untimed(line):
+    """The metrics of a step without those that depend on the machine and its load."""
+    timed = ("seconds", "tokens_per_second", "model_flops_utilisation", "device_memory_gib")
+    return {name: x for name, x in line.items() if not name.startswith(timed)}

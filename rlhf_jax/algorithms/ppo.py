@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Unpack
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax import advantages, losses, online
+from rlhf_jax import abstract, advantages, losses, online
+from rlhf_jax.abstract import Stage
 from rlhf_jax.config import NonNegative, Positive, Share
+from rlhf_jax.data.records import Ends
 from rlhf_jax.models import transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling.rollout import Rollout
@@ -257,3 +260,35 @@ def run(
     """
     trained, history = online.run(config, algorithm(make_batch, loss_fn), **inputs)
     return Result(trained["policy"], trained.get("critic"), history)
+
+
+def programs(
+    config: Config,
+    policy: Model,
+    scorer: Any,
+    critic: Model | None,
+    max_prompt: int,
+    ends: Ends,
+    mesh: jax.sharding.Mesh,
+    *,
+    make_batch: Callable = make_batch,
+    loss_fn: Callable = loss,
+    resident: Any = (),
+) -> Stage:
+    """What `run` runs on prompts of `max_prompt` tokens; `result` is the trained policy.
+
+    The models are trees of shapes, and `resident` is what the experiment holds besides: see
+    `abstract`. `ends` is the tokenizer's.
+    """
+    stage = abstract.online(
+        config,
+        algorithm(make_batch, loss_fn),
+        policy=policy,
+        scorer=scorer,
+        critic=critic,
+        max_prompt=max_prompt,
+        ends=ends,
+        mesh=mesh,
+        resident=resident,
+    )
+    return stage._replace(result=stage.result["policy"])

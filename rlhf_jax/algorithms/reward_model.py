@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rlhf_jax import losses
+from rlhf_jax import abstract, losses
+from rlhf_jax.abstract import Stage
 from rlhf_jax.config import Count, NonNegative, Whole
 from rlhf_jax.data import epoch, loader
 from rlhf_jax.data.batches import Comparisons, Demonstrations, Loader
@@ -67,7 +68,8 @@ def score_batch(scorer: Model, batch: Comparisons, micro_batches: int = 1) -> Fl
 
     # All responses of a prompt as one row, so that a slice of rows holds whole prompts.
     rows = (x.reshape(prompts, responses * length) for x in (batch.tokens, batch.attend))
-    scores = heads.map_rows(forward, micro_batches, *rows)
+    recompute = scorer.config.remat == "none"
+    scores = heads.map_rows(forward, micro_batches, *rows, recompute=recompute)
     return jnp.where(batch.present > 0, scores, 0.0)
 
 
@@ -275,3 +277,40 @@ def evaluate(
     usable = jnp.max(losses.ranked_pairs(ranks, present), axis=(1, 2))
     loss = float(losses.masked_mean(ranking, usable))
     return {"loss": loss} | figures
+
+
+def programs(
+    config: Config,
+    policy: Model,
+    length: int,
+    mesh: jax.sharding.Mesh,
+    *,
+    responses: int = 2,
+    loss_fn: Callable = loss,
+    centred_on: Demonstrations | None = None,
+    name: str = "reward_model",
+    resident: Any = (),
+) -> Stage:
+    """What `run`, `evaluate` and `centre` run; `result` is the trained scorer.
+
+    The comparisons have `responses` rows of `length` tokens; `centre` reads a batch `centred_on`,
+    or them. `policy` is a tree of shapes, and `resident` what the experiment holds besides: see
+    `abstract`.
+    """
+    batch = abstract.comparisons(mesh, config.batch_size, length, responses)
+    key = jax.random.key(config.seed)
+    models = {"scorer": abstract.derived(init_scorer, mesh, policy, key)}
+    held = (policy, resident)
+    stage = abstract.supervised(
+        config, models, batch, mesh, loss_fn=loss_fn, name=name, resident=held
+    )
+    scorer = stage.result["scorer"]
+    scoring = (_scored, (config.micro_batches,), (scorer,), batch, mesh)
+    during = stage.held if config.eval_every else held
+    rest = [
+        abstract.over_rows(f"{name}: evaluate", *scoring, during),
+        abstract.over_rows(
+            f"{name}: centre", _score_sums, (), (scorer,), centred_on or batch, mesh, held
+        ),
+    ]
+    return Stage([*stage.programs, *rest], scorer, stage.held)

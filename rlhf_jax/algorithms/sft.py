@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import losses
+from rlhf_jax import abstract, losses
+from rlhf_jax.abstract import Stage
 from rlhf_jax.data import epoch, loader
 from rlhf_jax.data.batches import Demonstrations, Loader
 from rlhf_jax.models import heads, transformer
@@ -44,7 +45,13 @@ def loss(config: Config, params: dict, batch: Demonstrations):
         hidden = transformer.hidden_states(policy, tokens, attend)
         return heads.token_logprobs(policy, hidden, tokens)
 
-    logprobs, entropy = heads.map_rows(forward, config.micro_batches, batch.tokens, batch.attend)
+    logprobs, entropy = heads.map_rows(
+        forward,
+        config.micro_batches,
+        batch.tokens,
+        batch.attend,
+        recompute=policy.config.remat == "none",
+    )
     value = losses.masked_mean(-logprobs, batch.mask)
     metrics = {
         "entropy": losses.masked_mean(entropy, batch.mask),
@@ -100,3 +107,37 @@ def _nats(config: Config, policy: Model, batch: Demonstrations):
     """(nats, completion tokens) of a batch."""
     mean, metrics = loss(config, {"policy": policy}, batch)
     return mean * metrics["num_tokens"], metrics["num_tokens"]
+
+
+def programs(
+    config: Config,
+    policy: Model,
+    length: int,
+    mesh: jax.sharding.Mesh,
+    *,
+    loss_fn: Callable = loss,
+    resident: Any = (),
+) -> Stage:
+    """What `run` and `evaluate` run on rows of `length` tokens; `result` is the trained policy.
+
+    `policy` is a tree of shapes, and `resident` what the experiment holds besides: see `abstract`.
+    """
+    batch = abstract.demonstrations(mesh, config.batch_size, length)
+    stage = abstract.supervised(
+        config, {"policy": policy}, batch, mesh, loss_fn=loss_fn, name="sft", resident=resident
+    )
+    trained = stage.result["policy"]
+    held = stage.held if config.eval_every else (policy, resident)
+    evaluated = evaluation(config, trained, batch, mesh, held)
+    return Stage([*stage.programs, evaluated], trained, stage.held)
+
+
+def evaluation(
+    config: Config,
+    policy: Model,
+    batch: Demonstrations,
+    mesh: jax.sharding.Mesh,
+    resident: Any = (),
+) -> abstract.Program:
+    """What `evaluate` runs on a batch; all but `config` are shapes."""
+    return abstract.over_rows("sft: evaluate", _nats, (), (config, policy), batch, mesh, resident)

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from rlhf_jax import storage
 from rlhf_jax.data.schema import BadRow, at
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
@@ -93,7 +94,7 @@ def load(
     and count under the same setting. Damage after which the lost rows cannot be counted (a cut-off
     .gz, a .json file that does not parse) is always an error.
     """
-    path = pathlib.Path(source).expanduser()
+    path = storage.path(source).expanduser()
     if path.is_file():
         builder = _open(_cached_folder(path, cache, on_bad_row))
     elif path.is_dir():
@@ -130,7 +131,7 @@ def _where(file: str, number: int) -> str:
 
 
 def _cached_folder(
-    path: pathlib.Path, cache: str | os.PathLike | None, on_bad_row: str
+    path: storage.Path, cache: str | os.PathLike | None, on_bad_row: str
 ) -> pathlib.Path:
     """The TFDS folder of a local file; it is written unless the same content is there already."""
     if not path.name.lower().endswith(SUFFIXES):
@@ -163,7 +164,7 @@ def _cached_folder(
     return target
 
 
-def _content_hash(path: pathlib.Path, on_bad_row: str) -> str:
+def _content_hash(path: storage.Path, on_bad_row: str) -> str:
     # The name is a part of the key because it is stored with every row.
     digest = hashlib.sha256(f"{_CACHE_VERSION}\n{on_bad_row}\n{path.name}\n".encode())
     try:
@@ -175,7 +176,7 @@ def _content_hash(path: pathlib.Path, on_bad_row: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _write(path: pathlib.Path, work: pathlib.Path, on_bad_row: str) -> pathlib.Path:
+def _write(path: storage.Path, work: pathlib.Path, on_bad_row: str) -> pathlib.Path:
     """Writes the file's rows as a TFDS dataset somewhere below `work`; returns its folder."""
     lines = _rows_of(path, on_bad_row)
     # TFDS reports an empty dataset by an assertion that names no file, so look at one row first.
@@ -222,17 +223,19 @@ def _write(path: pathlib.Path, work: pathlib.Path, on_bad_row: str) -> pathlib.P
     return pathlib.Path(builder.data_dir)
 
 
-def _rows_of(path: pathlib.Path, on_bad_row: str) -> Iterator[_Line]:
+def _rows_of(path: storage.Path, on_bad_row: str) -> Iterator[_Line]:
     is_lines = path.name.lower().removesuffix(".gz").endswith(".jsonl")
     return _json_lines(path, on_bad_row) if is_lines else _json_array(path)
 
 
-def _raw_lines(path: pathlib.Path) -> Iterator[bytes]:
+def _raw_lines(path: storage.Path) -> Iterator[bytes]:
     """Lines of a plain or gzip file, split only at line feeds: JSON may contain U+2028."""
-    opened = gzip.open if path.name.lower().endswith(".gz") else open
     done = 0
     try:
-        with opened(path, "rb") as file:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(path.open("rb"))
+            if path.name.lower().endswith(".gz"):
+                file = stack.enter_context(gzip.open(file))
             for done, line in enumerate(file, 1):  # noqa: B007 (for the error below)
                 yield line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -253,7 +256,7 @@ def _decoded(line: bytes) -> str:
         ) from None
 
 
-def _json_lines(path: pathlib.Path, on_bad_row: str) -> Iterator[_Line]:
+def _json_lines(path: storage.Path, on_bad_row: str) -> Iterator[_Line]:
     for number, line in enumerate(_raw_lines(path), 1):
         try:
             row = _row(line)
@@ -298,7 +301,7 @@ def _fields(repeated: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]
     return found
 
 
-def _json_array(path: pathlib.Path) -> Iterator[_Line]:
+def _json_array(path: storage.Path) -> Iterator[_Line]:
     lines = []
     for number, line in enumerate(_raw_lines(path), 1):
         with at(f"{path.name}:{number}"):

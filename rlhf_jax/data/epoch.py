@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf_jax import sharding
 from rlhf_jax.data.loader import Loader
-from rlhf_jax.data.records import real_rows
+from rlhf_jax.models import stacking
 
 
 def sums(
@@ -26,7 +26,7 @@ def sums(
     `fn` is defined at module level and `static` is hashable, so that the program is compiled once
     in a process. Without a mesh it runs on all devices.
     """
-    totals = [list(map(float, out)) for _, out in _batches(fn, static, args, loader, mesh)]
+    totals = [list(map(float, out)) for out in _batches(fn, static, args, loader, mesh)]
     return [sum(column) for column in zip(*totals)]
 
 
@@ -37,25 +37,26 @@ def rows(
     loader: Loader,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Any:
-    """What `fn(*static, *args, batch)` returns for each row of the loader, in order, on the host.
+    """What `fn(*static, *args, batch)` returns for each row of the loader, in order, on every host.
 
     `fn` returns a tree of arrays with a leading row axis; padding rows are cut off. The other
     arguments are those of `sums`.
     """
-    parts = []
-    for batch, out in _batches(fn, static, args, loader, mesh):
-        kept = real_rows(batch)
-        parts.append(jax.tree.map(lambda x, n=kept: np.asarray(x)[:n], out))
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    parts = [sharding.to_host(out) for out in _batches(fn, static, args, loader, mesh)]
+    # Only the last batch has padding rows, at its end.
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(loader.examples)], *parts)
 
 
-def _batches(fn, static, args, loader, mesh) -> Iterator[tuple]:
-    program, mesh = _jitted(fn, static), mesh or sharding.make_mesh()
+def _batches(fn, static, args, loader, mesh) -> Iterator[Any]:
+    run, mesh = program(fn, static), mesh or sharding.make_mesh()
+    args = stacking.stack_all(mesh, args)
     with jax.set_mesh(mesh):
-        for batch in loader.epoch_batches():
-            yield batch, program(*args, sharding.put_rows(mesh, batch))
+        own = loader.reading(sharding.process_rows(mesh, loader.batch_size))
+        for batch in own.epoch_batches():
+            yield run(*args, sharding.put_rows(mesh, batch))
 
 
 @functools.lru_cache(maxsize=64)
-def _jitted(fn: Callable, static: tuple) -> Callable:
+def program(fn: Callable, static: tuple) -> Callable:
+    """The compiled `fn(*static, ...)`, the same object for the same arguments."""
     return jax.jit(functools.partial(fn, *static))

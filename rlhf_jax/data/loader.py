@@ -1,8 +1,8 @@
 """Batches of a tokenised dataset, drawn with Grain.
 
 Batch i is a function of (seed, i) alone: every epoch is one reshuffle of the whole dataset,
-batches run on across epochs, and hosts read slices of the same global batch. So the position of a
-run is one number, whatever the number of hosts.
+batches run on across epochs, and each process reads its rows of the same global batch. So the
+position of a run is one number, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from rlhf_jax.data.records import Batch, Examples
 
@@ -26,9 +27,10 @@ class Loader:
     """
 
     examples: Examples
-    batch_size: int  # rows of the global batch, over all hosts
+    batch_size: int  # rows of the global batch, over all processes
     seed: int = 0
     shuffle: bool = True
+    places: tuple[int, ...] | None = None  # of the global batch that are read; None: all
 
     def __post_init__(self):
         if len(self.examples) == 0:
@@ -42,65 +44,51 @@ class Loader:
         """Number of batches in one epoch, the last partial one included."""
         return -(-len(self.examples) // self.batch_size)
 
-    def batch(self, i: int) -> Batch:
-        """Global batch i >= 0, a function of (seed, i)."""
-        return self.host_batch(i, host=0, hosts=1)
+    def reading(self, places: Int[np.ndarray, " N"]) -> Loader:
+        """The same batches, of which only these places are read: what one process needs.
 
-    def host_batch(self, i: int, host: int, hosts: int) -> Batch:
-        """The rows of global batch i that `host` of `hosts` reads: one contiguous slice.
-
-        Raises ValueError if the batch does not divide over the hosts.
+        `places` are in 0..batch_size - 1, and a place may be read several times. [N]
         """
+        return dataclasses.replace(self, places=tuple(places.tolist()))
+
+    def batch(self, i: int) -> Batch:
+        """Batch i >= 0, a function of (seed, i)."""
         if i < 0:
             raise ValueError(f"batch number {i} must be 0 or more")
-        return self._pipeline(host, hosts)[i]
+        return self._pipeline()[i]
 
-    def from_position(
-        self, i: int, host: int | None = None, hosts: int | None = None
-    ) -> Iterator[Batch]:
-        """Batches i, i + 1, ... without end, prefetched by a background thread.
-
-        `host` of `hosts` reads its slices; by default this process among jax's processes.
-        """
+    def from_position(self, i: int) -> Iterator[Batch]:
+        """Batches i, i + 1, ... without end, prefetched by a background thread."""
         import grain
 
         if i < 0:
             raise ValueError(f"batch number {i} must be 0 or more")
-        pipeline = self._pipeline(*_this_host(host, hosts))
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        return iter(pipeline[i:].to_iter_dataset(options))
+        return iter(self._pipeline()[i:].to_iter_dataset(options))
 
-    def epoch_batches(self, host: int | None = None, hosts: int | None = None) -> list[Batch]:
+    def epoch_batches(self) -> list[Batch]:
         """Every example once, in the order of the dataset, in batches of one shape.
 
         The last batch is filled up with padding rows: attend and mask 0, index -1.
-        `records.real_rows` counts the real ones. Hosts read slices as in `from_position`.
+        `records.real_rows` counts the real ones.
         """
-        host, hosts = _this_host(host, hosts)
-        part = self._slice(host, hosts)
         index = np.arange(len(self) * self.batch_size)
         index = np.where(index < len(self.examples), index, -1).reshape(len(self), self.batch_size)
-        return [self.examples.gather(rows[part]) for rows in index]
+        return [self.examples.gather(rows[self._places()]) for rows in index]
 
-    def _slice(self, host: int, hosts: int) -> slice:
-        if self.batch_size % hosts or not 0 <= host < hosts:
-            raise ValueError(
-                f"batch_size={self.batch_size} rows cannot be split for host {host} of {hosts}; "
-                "use a multiple of the number of hosts, which count from 0"
-            )
-        rows = self.batch_size // hosts
-        return slice(host * rows, (host + 1) * rows)
+    def _places(self) -> np.ndarray | slice:
+        return slice(None) if self.places is None else np.array(self.places, np.int64)
 
-    def _pipeline(self, host: int, hosts: int):
+    def _pipeline(self):
         import grain
 
-        part = self._slice(host, hosts)
+        places = self._places()
         count = len(self.examples)
 
         def gather(i: int, rows: np.ndarray):
             # In 64 bits, because the positions of a long run pass 2^31.
             epoch = (i * self.batch_size + np.arange(self.batch_size, dtype=np.int64)) // count
-            return self.examples.gather((rows + count * (epoch - epoch[0]))[part])
+            return self.examples.gather((rows + count * (epoch - epoch[0]))[places])
 
         order = grain.MapDataset.range(count)
         if self.shuffle:
@@ -130,11 +118,3 @@ def expect(loader: Any, caller: str, *kinds: type) -> None:
         raise ValueError(
             f"{caller} takes {wanted}, but the loader draws {found}; build them with {builders}"
         )
-
-
-def _this_host(host: int | None, hosts: int | None) -> tuple[int, int]:
-    if host is None or hosts is None:
-        import jax
-
-        return jax.process_index(), jax.process_count()
-    return host, hosts

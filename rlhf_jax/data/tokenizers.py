@@ -20,6 +20,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from rlhf_jax import storage
 from rlhf_jax.data.records import Ends
 
 PAD, EOS = "<pad>", "<eos>"
@@ -127,9 +128,9 @@ class Tokenizer:
         tokenizer.json, tokenizer_config.json (chat template included), and the ids of this record
         in generation_config.json, whose other entries are kept if the file is there already.
         """
-        folder = pathlib.Path(folder)
+        folder = storage.path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
+        storage.write(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         # The generic class makes every version of transformers read tokenizer.json as it is.
         settings = self.settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
         if (
@@ -138,8 +139,8 @@ class Tokenizer:
         ):
             settings["pad_token"] = None  # `from_folder` was given another pad_id
         _write_json(folder / "tokenizer_config.json", settings)
-        if (folder / "chat_template.jinja").is_file():  # it would be read before the settings
-            (folder / "chat_template.jinja").write_text(self.chat_template or "", encoding="utf-8")
+        if (folder / "chat_template.jinja").exists():  # it would be read before the settings
+            storage.write(folder / "chat_template.jinja", self.chat_template or "")
         generation = _read_json(folder / "generation_config.json")
         generation |= {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
         if self.bos_id is not None:
@@ -343,7 +344,7 @@ def _filler(unknown: int | None, special: set[int | None], size: int) -> int:
 
 
 def _token_id(
-    backend: tokenizers.Tokenizer, settings: dict[str, Any], name: str, folder: pathlib.Path
+    backend: tokenizers.Tokenizer, settings: dict[str, Any], name: str, folder: storage.Path
 ) -> int | None:
     token = settings.get(name)
     if token is None:
@@ -363,9 +364,9 @@ def _vocab_size(backend: tokenizers.Tokenizer) -> int:
     return max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: storage.Path) -> dict[str, Any]:
     """The object in `path`, empty where there is no such file."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -376,5 +377,5 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_json(path: storage.Path, value: dict[str, Any]) -> None:
+    storage.write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

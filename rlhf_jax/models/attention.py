@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax import sharding
+from rlhf_jax import shards
 from rlhf_jax.models import blockwise, layers
 
 # Rows at least this long are not attended to by `plain`, by the platform of the devices.
@@ -59,7 +59,7 @@ def attend(
     """
     if inputs.mask is not None:
         return plain(query, keys, values, inputs.mask, scale=scale, softcap=softcap)
-    platform, length = sharding.platform(), query.shape[2]
+    platform, length = shards.platform(), query.shape[2]
     name = choose(platform, length, query.shape[3], query.dtype.name, softcap)
     if name == "plain":
         steps = jnp.arange(length)
@@ -70,7 +70,7 @@ def attend(
         arguments["block"] = BLOCKS.get(platform, OTHER_BLOCK)
     kernel = {"blockwise": blockwise.attend, "splash": splash, "cudnn": cudnn}[name]
     kernel = functools.partial(kernel, **arguments)
-    return sharding.per_shard(kernel, query, keys, values, inputs.documents)
+    return shards.per_shard(kernel, query, keys, values, inputs.documents)
 
 
 def choose(platform: str, length: int, head_dim: int, dtype: str, softcap: float | None) -> str:

@@ -12,18 +12,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax import losses
+from rlhf_jax import losses, shards
 from rlhf_jax.models import layers, transformer
 from rlhf_jax.models.transformer import Model
 
 
-def map_rows(fn: Callable, micro_batches: int, *arrays):
+def map_rows(fn: Callable, micro_batches: int, *arrays, recompute: bool = True):
     """`fn(*arrays)`, computed on `micro_batches` slices of the rows one after the other.
 
     This divides the memory of the activations by `micro_batches`; the backward pass computes the
-    forward pass of each slice again. The outputs of all slices are joined to [B, ...] before a loss
-    is computed, so any loss, however it is reduced, is exactly that of the whole batch. Each slice
-    takes every `micro_batches`-th row, so that rows split over devices stay split.
+    forward pass of each slice again. `recompute=False` is for functions whose layers are computed
+    again by themselves (`Config.remat`): the little that they keep is then kept. The outputs of all
+    slices are joined to [B, ...] before a loss is computed, so any loss, however it is reduced, is
+    exactly that of the whole batch. Each slice takes every `micro_batches`-th row, so that rows
+    split over devices stay split.
     Raises ValueError if `micro_batches` does not divide the rows.
     """
     if micro_batches == 1:
@@ -38,7 +40,7 @@ def map_rows(fn: Callable, micro_batches: int, *arrays):
     def join(x):
         return x.swapaxes(0, 1).reshape(rows, *x.shape[2:])
 
-    one_slice = jax.checkpoint(fn)
+    one_slice = jax.checkpoint(fn) if recompute else fn
     slices = tuple(cut(x) for x in arrays)
     return jax.tree.map(join, jax.lax.map(lambda piece: one_slice(*piece), slices))
 
@@ -56,12 +58,13 @@ def token_logprobs(
     Columns before `start`, such as those of the prompts, are not multiplied by the unembedding.
     """
     first = max(start, 1) - 1
-    logprobs, entropy = losses.chunked_token_logprobs(
+    softcap = model.config.logit_softcap
+    logprobs, entropy = shards.over_vocabulary(
+        functools.partial(losses.chunked_token_logprobs, softcap=softcap),
         hidden[:, first:],
         transformer.unembedding(model),
         tokens[:, first:],
         temperature,
-        model.config.logit_softcap,
     )
     skipped = ((0, 0), (first, 0))
     return jnp.pad(logprobs, skipped), jnp.pad(entropy, skipped)

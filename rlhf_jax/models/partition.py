@@ -11,9 +11,14 @@ the models' own arrays, so that models which share a base still share it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import sharding
 from rlhf_jax.models import lora
 from rlhf_jax.models.transformer import Model
 
@@ -42,6 +47,32 @@ def combine(frozen: dict[str, Any], trainable: dict[str, Any]) -> dict[str, Any]
         weights = _union(frozen[name].weights, trainable[name].weights)
         combined[name] = dataclasses.replace(trainable[name], weights=weights)
     return combined
+
+
+def in_compute_type(models: dict[str, Any]) -> dict[str, Any]:
+    """Frozen models with their matrices in the type of their products.
+
+    Products would round them to that type anyway, so no number changes. Norms, biases and the
+    scalar head, which are used in float32, stay as they are, and so does what is no `Model`. Arrays
+    that several models share are still shared afterwards. The models may be of shapes.
+    """
+    done = {}
+
+    def cast(dtype, path, x):
+        if x.ndim < 2 or x.dtype == dtype or path[0].key == "score":
+            return x
+        if id(x) not in done:
+            done[id(x)] = sharding.cast(x, dtype)
+        return done[id(x)]
+
+    def of_model(model):
+        if not isinstance(model, Model):
+            return model
+        cast_to = functools.partial(cast, jnp.dtype(model.config.dtype))
+        weights = jax.tree.map_with_path(cast_to, model.weights)
+        return dataclasses.replace(model, weights=weights)
+
+    return {name: of_model(model) for name, model in models.items()}
 
 
 def _is_trained(path: Path) -> bool:

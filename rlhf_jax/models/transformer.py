@@ -20,9 +20,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax import config, sharding
+from rlhf_jax import config, shards
 from rlhf_jax.models import attention, layers, rope
 from rlhf_jax.models.attention import AttentionInputs
+
+Precision = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
 
 
 class Config(config.Config):
@@ -62,7 +65,12 @@ class Config(config.Config):
     gated: bool = True  # the MLP is down(act(gate(x)) * up(x)), else down(act(up(x)))
     embed_scale: bool = False  # embeddings are multiplied by sqrt(d_model)
     tied: bool = False  # the language-model head is the transposed embedding
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Precision = "float32"  # of matrix products
+    # What the backward pass of a layer computes again, to save memory: nothing, all but the matrix
+    # products with kernels, or everything.
+    remat: Remat = "none"
+    # Training compiles one layer and loops over it (see `stacking`). None: on TPUs and GPUs.
+    scan_layers: bool | None = None
 
     def check(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -81,37 +89,55 @@ class Model:
 
     config: Config = dataclasses.field(metadata={"static": True})
     # Nested dictionaries: "embed", "layer_0", "layer_1", ... and "norm"; "head", the language-model
-    # head, unless it is tied; "score", the scalar head, in a reward model or critic.
+    # head, unless it is tied; "score", the scalar head, in a reward model or critic. In training
+    # the first layers may be stacked in "layers": see `stacking`.
     weights: Any
 
 
-class Cache(NamedTuple):
-    """The key-value cache: one buffer per layer, so that each is updated in place."""
+class Compute(NamedTuple):
+    """How any model is computed, whatever its weights are: these fields of `Config`, or None.
 
-    keys: tuple[Array, ...]  # per layer [B, K, S, Dh]
-    values: tuple[Array, ...]  # per layer [B, K, S, Dh]
-    attend: Int[Array, "B S"]  # 1 in columns that hold a real token
-    length: Int[Array, ""]  # columns written so far; the same in all rows, padded on the left
+    None leaves a field as it is.
+    """
+
+    dtype: Precision | None = None
+    remat: Remat | None = None
+    scan_layers: bool | None = None
+
+    def of(self, shape: Config) -> Config:
+        """The configuration with these fields."""
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        return dataclasses.replace(shape, **given)
+
+
+AS_CONFIGURED = Compute()
+
+
+def computed_as(model: Model, compute: Compute) -> Model:
+    """The same weights under a configuration with the fields of `compute`."""
+    return dataclasses.replace(model, config=compute.of(model.config))
 
 
 class Embed(nn.Module):
     """Token ids and positions [B, T] -> embeddings [B, T, D]."""
 
     config: Config
+    decoding: bool = False  # the table is that of `decoding.weights_for`
 
     @nn.compact
     def __call__(self, tokens, positions):
         c = self.config
         init = nn.initializers.normal(0.02)
         table = self.param("embedding", init, (c.vocab_size, c.d_model), jnp.float32)
-        # The result's rows are split over fsdp, so its width cannot be: gather the table instead.
-        x = sharding.gather_width(table.astype(c.dtype))[tokens]
+        x = shards.lookup(table, tokens, c.dtype, decoding=self.decoding)
         if c.embed_scale:
             x = x * jnp.asarray(c.d_model**0.5, c.dtype)
         if c.positions == "learned":
             rows = (c.max_length + c.position_offset, c.d_model)
             table = self.param("positions", init, rows, jnp.float32)
-            x = x + sharding.gather_width(table.astype(c.dtype))[positions + c.position_offset]
+            at = positions + c.position_offset
+            name = "embed/positions"
+            x = x + shards.lookup(table, at, c.dtype, name, decoding=self.decoding)
         return x
 
 
@@ -144,7 +170,7 @@ class Attention(nn.Module):
                 y = _norm(c, norm)(y)
             if norm and inputs.rotary is not None:
                 y = rope.rotate(y, inputs.rotary)
-            return sharding.constrain_heads(y)
+            return shards.constrain_heads(y)
 
         query = heads("query", c.num_heads, "query_norm")
         keys = heads("key", c.num_kv_heads, "key_norm")
@@ -214,30 +240,90 @@ class Block(nn.Module):
         mixed = x + post_norm("attention_post_norm", mixed)
         mlp_input = _norm(c, "mlp_norm")(x if c.parallel else mixed)
         x = mixed + post_norm("mlp_post_norm", MLP(c, name="mlp")(mlp_input))
-        return sharding.constrain_rows(x), kv
+        return shards.constrain_rows(x), kv
+
+
+class Period(nn.Module):
+    """One repetition of the pattern of layers, which `Trunk` scans over."""
+
+    config: Config
+    size: int  # number of layers
+
+    @nn.compact
+    def __call__(self, x, inputs):
+        for i in range(self.size):
+            window = window_of(self.config, i)
+            x, _ = Block(self.config, window, name=layer_name(i))(x, inputs[window is not None])
+        return x, None
 
 
 class Trunk(nn.Module):
-    """The transformer without its heads: token ids to final hidden states."""
+    """The transformer without its heads: token ids to final hidden states.
+
+    The weights of the first layers may be stacked (`stacking`); these are then one compiled loop.
+    """
 
     config: Config
+    repeats: int = 0  # repetitions of the pattern of layers that are stacked
+    decoding: bool = False  # keys and values are kept, and nothing is differentiated
 
     @nn.compact
     def __call__(self, tokens, positions, inputs, past=None, column=None):
         """[B, T] -> (hidden states [B, T, D], normalised; (keys, values) per layer).
 
         `inputs` is a pair of `AttentionInputs`: for layers without a window and for those with one.
+        Keys and values are those of the layers that are not stacked.
         """
-        c = self.config
-        x = sharding.constrain_rows(Embed(c, name="embed")(tokens, positions))
+        c, size = self.config, pattern(self.config)
+        x = shards.constrain_rows(Embed(c, self.decoding, name="embed")(tokens, positions))
+        if self.repeats:
+            stack = nn.scan(
+                _rematerialised(c, Period, in_loop=True),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=self.repeats,
+            )
+            x, _ = stack(c, size, name=STACK)(x, inputs)
         kv = []
-        for i in range(c.num_layers):
+        block = Block if self.decoding else _rematerialised(c, Block)
+        for i in range(self.repeats * size, c.num_layers):
             layer_past = None if past is None else (past.keys[i], past.values[i])
-            windowed = c.window is not None and i not in c.full_layers
-            block = Block(c, c.window if windowed else None, name=f"layer_{i}")
-            x, layer_kv = block(x, inputs[windowed], layer_past, column)
+            window = window_of(c, i)
+            layer = block(c, window, name=layer_name(i))
+            x, layer_kv = layer(x, inputs[window is not None], layer_past, column)
             kv.append(layer_kv)
         return _norm(c, "norm")(x), tuple(kv)
+
+
+STACK = "layers"  # the key of the stacked layers in the weights
+
+
+def layer_name(i: int) -> str:
+    """The key of a layer in the weights."""
+    return f"layer_{i}"
+
+
+def window_of(c: Config, i: int) -> int | None:
+    """The window of layer i; None where its tokens attend to everything before them."""
+    return None if i in c.full_layers else c.window
+
+
+def pattern(c: Config) -> int:
+    """Layers after which the kinds of layers repeat: 1 where all are alike, 2 in Gemma 2."""
+    kinds = [window_of(c, i) for i in range(c.num_layers)]
+    return next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[: len(kinds) - p])
+
+
+def _rematerialised(c: Config, module: type[nn.Module], in_loop: bool = False) -> type[nn.Module]:
+    """The module with what its backward pass computes again, as `Config.remat` says."""
+    if c.remat == "none":
+        return module
+    # Products with kernels are kept; those of attention, which have batch axes, are not.
+    dots = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+    policy = dots if c.remat == "dots" else jax.checkpoint_policies.nothing_saveable
+    # A loop keeps XLA from merging the second computation with the first.
+    return nn.remat(module, policy=policy, prevent_cse=not in_loop)
 
 
 def positions(attend: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -248,7 +334,7 @@ def positions(attend: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
 
 
-def _attention_inputs(c: Config, positions, documents, column=None, lengths=None):
+def attention_inputs(c: Config, positions, documents, column=None, lengths=None):
     """`AttentionInputs` of layers without a window and of layers with one (None if there are none).
 
     `documents` [B, S] numbers the documents in the columns of the keys, `positions` [B, T] are
@@ -300,8 +386,10 @@ def hidden_states(
     fixed = rope.fixed_up_to(c.rope_scaling)
     if fixed is not None and width > fixed:
         lengths = jnp.sum(attend[:, :, None] == attend[:, None, :], axis=-1)
-    inputs = _attention_inputs(c, at, attend, lengths=lengths)
-    return Trunk(c).apply({"params": _trunk(model)}, tokens, at, inputs)[0]
+    inputs = attention_inputs(c, at, attend, lengths=lengths)
+    trunk = trunk_weights(model)
+    repeats = jax.tree.leaves(trunk[STACK])[0].shape[0] if STACK in trunk else 0
+    return Trunk(c, repeats).apply({"params": trunk}, tokens, at, inputs)[0]
 
 
 def check_length(shape: Config, size: int) -> None:
@@ -321,50 +409,6 @@ def check_length(shape: Config, size: int) -> None:
         )
 
 
-@functools.partial(jit, static_argnames="size")
-def prefill(
-    model: Model, tokens: Int[Array, "B P"], attend: Int[Array, "B P"], size: int
-) -> tuple[Float[Array, "B D"], Cache]:
-    """Reads prompts, padded on the left: (hidden state of their last token, key-value cache).
-
-    The cache has `size` columns: the width of the prompts plus the longest response.
-    Raises ValueError if that is too long for the model (`check_length`).
-    """
-    check_length(model.config, size)
-    width, at = tokens.shape[1], positions(attend)
-    inputs = _attention_inputs(model.config, at, attend)
-    hidden, kv = Trunk(model.config).apply({"params": _trunk(model)}, tokens, at, inputs)
-
-    def grow(x):
-        return jnp.pad(x, ((0, 0), (0, 0), (0, size - width), (0, 0)))
-
-    cache = Cache(
-        keys=tuple(grow(keys) for keys, _ in kv),
-        values=tuple(grow(values) for _, values in kv),
-        attend=jnp.pad(attend, ((0, 0), (0, size - width))),
-        length=jnp.int32(width),
-    )
-    return hidden[:, -1], cache
-
-
-@jit
-def decode(
-    model: Model, cache: Cache, tokens: Int[Array, " B"]
-) -> tuple[Float[Array, "B D"], Cache]:
-    """Appends one token to every row: (its hidden state, the cache with it)."""
-    c = model.config
-    at = jnp.sum(cache.attend > 0, axis=1)[:, None]
-    attend = jax.lax.dynamic_update_slice_in_dim(
-        cache.attend, jnp.ones_like(cache.attend[:, :1]), cache.length, axis=1
-    )
-    inputs = _attention_inputs(c, at, attend, cache.length)
-    hidden, kv = Trunk(c).apply(
-        {"params": _trunk(model)}, tokens[:, None], at, inputs, cache, cache.length
-    )
-    keys, values = zip(*kv)
-    return hidden[:, 0], Cache(keys, values, attend, cache.length + 1)
-
-
 def unembedding(model: Model) -> Float[Array, "D V"]:
     """The language-model head: its own kernel, or the transposed embedding where it is tied."""
     if model.config.tied:
@@ -380,7 +424,8 @@ def logits(model: Model, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
     return out if cap is None else cap * jnp.tanh(out / cap)
 
 
-def _trunk(model):
+def trunk_weights(model: Model) -> dict:
+    """The weights that `Trunk` reads: all but those of the heads."""
     return {k: v for k, v in model.weights.items() if k not in ("head", "score")}
 
 
@@ -388,7 +433,7 @@ def init(shape: Config, key: Array) -> Model:
     """A new language model, initialised from `key`; `sharding.initialise` makes it sharded."""
     trunk_key, head_key = jax.random.split(key)
     tokens = jnp.zeros((1, 1), jnp.int32)
-    inputs = _attention_inputs(shape, tokens, tokens)
+    inputs = attention_inputs(shape, tokens, tokens)
     weights = Trunk(shape).init(trunk_key, tokens, tokens, inputs)["params"]
     if not shape.tied:
         scale = shape.d_model**-0.5

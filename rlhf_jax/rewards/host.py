@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
+from rlhf_jax import sharding
 from rlhf_jax.data.batches import Examples
 from rlhf_jax.data.schema import Example
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -23,13 +23,17 @@ Reward = Callable[[list[str], list[str], list[Example]], Sequence[float]]
 def scores(
     reward: Reward, tokenizer: Tokenizer, examples: Examples, samples: Any, index: Any
 ) -> Float[np.ndarray, " B"]:
-    """The reward of each sample, on the host. [B]
+    """The reward of each sample that this process answers for, on the host. [B]
 
+    With one process these are all. See `sharding.own_rows`, and `put_own_rows`, which puts the
+    scores of several together.
     `samples` have `tokens`, `attend` and `mask` [B, T]; `index` [B] are the numbers of their
     prompts.
     Raises ValueError, naming the response, unless the reward gives one finite number for each.
     """
-    samples, index = jax.device_get((samples, index))
+    samples, index = sharding.own_rows((samples, index))
+    if not len(index):  # several processes split tensors among them, and another one scores
+        return np.zeros(0, np.float32)
     prompts, responses = rollout.texts(tokenizer, samples)
     rows = [examples.sources[i % len(examples)] for i in index.tolist()]
     returned = reward(prompts, responses, rows)

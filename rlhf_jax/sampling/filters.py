@@ -1,12 +1,48 @@
-"""Top-k, top-p and min-p: filters of the logits, whose numbers may be traced."""
+"""Top-k, top-p and min-p: filters of the logits, whose numbers may be traced.
+
+Where a mesh splits the vocabulary, no device gathers it. Sums over the vocabulary add up blocks of
+a size that does not depend on the mesh, so that every mesh draws the same tokens.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+from rlhf_jax import shards
 
 Number = float | Array
+SHARDS = 8  # so many shards of the vocabulary hold whole blocks, and so do 4 and 2
+
+
+def in_blocks(x: Float[Array, "B V"]) -> Float[Array, "B n W"]:
+    """The vocabulary in n blocks of W tokens, where n and W are near sqrt(V). 0 after the last.
+
+    W divides V / 8, so that no block lies on two of up to eight shards. A vocabulary that 8 does
+    not divide is padded to blocks of a power of two.
+    """
+    size = x.shape[-1]
+    if size % SHARDS:
+        width = 1 << (max(size - 1, 1).bit_length() + 1) // 2
+    else:
+        width = min(
+            (w for w in range(size // SHARDS, 0, -1) if size // SHARDS % w == 0),
+            key=lambda w: max(w * w / size, size / (w * w)),
+        )
+    blocks = -(-size // width)
+    padded = jnp.pad(x, ((0, 0), (0, blocks * width - size)))
+    return shards.constrain_vocabulary(padded.reshape(-1, blocks, width))
+
+
+def block_sums(blocks: Float[Array, "B n W"]) -> Float[Array, "B n"]:
+    """The sum of each block, on every shard of the vocabulary."""
+    return shards.constrain_rows(jnp.sum(blocks, axis=-1))
+
+
+def total(x: Float[Array, "B V"]) -> Float[Array, "B 1"]:
+    """Sum over the vocabulary, the same on every mesh."""
+    return jnp.sum(block_sums(in_blocks(x)), axis=-1, keepdims=True)
 
 
 def apply(
@@ -41,16 +77,26 @@ def apply(
 
 def _top_p(logits, p):
     """Drops tokens, least likely first, while their total probability stays <= 1 - p."""
-    mass = jax.nn.softmax(logits, axis=-1)
+    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    mass = mass / total(mass)
     threshold = _threshold(logits, mass, 1.0 - p)
     below, tied = logits < threshold, logits == threshold
     # Of the tokens tied at the threshold only as many are kept as p needs: the last ones, as after
     # a stable ascending sort.
-    room = 1.0 - p - jnp.sum(jnp.where(below, mass, 0.0), axis=-1, keepdims=True)
+    room = 1.0 - p - total(jnp.where(below, mass, 0.0))
     each = jnp.max(jnp.where(tied, mass, 0.0), axis=-1, keepdims=True)
-    rank = jnp.cumsum(tied, axis=-1)
-    drop = below | (tied & (rank <= jnp.floor(room / each)) & (rank < rank[:, -1:]))
+    rank, count = _rank(tied)
+    drop = below | (tied & (rank <= jnp.floor(room / each)) & (rank < count))
     return jnp.where(drop, -jnp.inf, logits)
+
+
+def _rank(chosen: Bool[Array, "B V"]) -> tuple[Float[Array, "B V"], Float[Array, "B 1"]]:
+    """How many are chosen up to and including each token, and in all."""
+    blocks = in_blocks(chosen.astype(jnp.float32))
+    sums = block_sums(blocks)
+    before = jnp.cumsum(sums, axis=-1) - sums
+    rank = (before[..., None] + jnp.cumsum(blocks, axis=-1)).reshape(chosen.shape[0], -1)
+    return rank[:, : chosen.shape[1]], jnp.sum(sums, axis=-1, keepdims=True)
 
 
 def _threshold(
@@ -65,7 +111,7 @@ def _threshold(
 
     def refine(i, threshold):
         higher = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        below = jnp.sum(jnp.where(ordered < higher, weights, 0.0), axis=-1, keepdims=True)
+        below = total(jnp.where(ordered < higher, weights, 0.0))
         return jnp.where(below <= room, higher, threshold)
 
     threshold = jax.lax.fori_loop(0, 32, refine, jnp.zeros_like(ordered[:, :1]))

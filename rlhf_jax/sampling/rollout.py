@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from rlhf_jax import sharding
+from rlhf_jax import losses, shards
 from rlhf_jax.data.batches import Prompts
 from rlhf_jax.data.records import Ends
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -92,7 +92,8 @@ def forward(
             hidden = transformer.hidden_states(critic, tokens, attend)
         return Outputs(logprobs, heads.token_values(critic, hidden), entropy)
 
-    return heads.map_rows(of_rows, micro_batches, tokens, attend)
+    recompute = policy.config.remat == "none"
+    return heads.map_rows(of_rows, micro_batches, tokens, attend, recompute=recompute)
 
 
 def sample(
@@ -119,7 +120,7 @@ def sample(
         choose=drawing.choose,
         processors=drawing.processors,
     )
-    return sharding.constrain_rows(samples), prompts.index
+    return shards.constrain_rows(samples), prompts.index
 
 
 def judge(
@@ -178,6 +179,41 @@ def check_scores(reward: Callable, scores: Any, count: int) -> Any:
             f"{name} returned {found}, but a reward gives one number per response: [B] = [{count}]"
         )
     return scores
+
+
+def measurements(rollout: Rollout) -> dict[str, Array]:
+    """Metrics of any rollout, under the names that TRL gives the same quantities.
+
+    KL and entropy are summed over the tokens of a response and averaged over responses.
+    "objective/entropy" is the estimate -log p of what was sampled, as in TRL;
+    "objective/token_entropy" is exact, in nats per token. `docs/conventions.md` lists them all.
+    """
+    mask = rollout.mask
+    both = {"logprobs": rollout.old_logprobs, "ref_logprobs": rollout.ref_logprobs}
+    return {
+        "objective/kl": jnp.mean(jnp.sum(losses.kl_k1(**both) * mask, axis=1)),
+        "objective/kl_k3": jnp.mean(jnp.sum(losses.kl_k3(**both) * mask, axis=1)),
+        "objective/entropy": jnp.mean(-jnp.sum(rollout.old_logprobs * mask, axis=1)),
+        "objective/token_entropy": losses.masked_mean(rollout.entropy, mask),
+        "objective/scores": jnp.mean(rollout.scores),
+        "objective/scores_std": jnp.std(rollout.scores),
+        "objective/length": jnp.mean(rollout.lengths.astype(jnp.float32)),
+        "num_tokens": jnp.sum(rollout.lengths),
+        "val/num_eos_tokens": jnp.sum(rollout.finished),
+    }
+
+
+def gaps(rollout: Rollout) -> dict[str, Array]:
+    """How far computations of the same log-probabilities disagree, nats: see `online.check`."""
+
+    def gap(other: Float[Array, "B T"]) -> Float[Array, "B T"]:
+        return jnp.abs(rollout.old_logprobs - other) * rollout.mask
+
+    return {
+        "check/logprob_gap": jnp.max(gap(rollout.forward_logprobs)),
+        "check/sampler_gap": losses.masked_mean(gap(rollout.sampler_logprobs), rollout.mask),
+        "check/reference_gap": jnp.max(gap(rollout.ref_logprobs)),
+    }
 
 
 def texts(tokenizer: Tokenizer, samples: Any) -> tuple[list[str], list[str]]:

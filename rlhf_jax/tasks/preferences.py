@@ -7,10 +7,12 @@ is trained from that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
+from rlhf_jax import abstract, evaluation, folders, pipeline
 from rlhf_jax import config as configuration
-from rlhf_jax import evaluation, folders, pipeline
+from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import reward_model, sft
 from rlhf_jax.config import Count, Share, Whole
 from rlhf_jax.data import batches, tokenizers
@@ -77,7 +79,7 @@ def starting_model(config: Config, context: Context, tokenizer, rows: list, held
     tuned on `rows`, with its loss on `held_out`.
     """
     if config.start:
-        return folders.language_model(config.start, tokenizer, context.mesh), {}
+        return folders.language_model(config.start, tokenizer, context.mesh, context.compute), {}
     sizes = (tokenizer, config.max_prompt, config.max_response)
     answers = pipeline.Split(
         *(batches.demonstrations(part, *sizes, on_bad_row="drop") for part in (rows, held_out))
@@ -120,6 +122,34 @@ def train_scorer(
         loss_fn=loss_fn,
         name=stage,
     )
+
+
+def planned_shape(start: str, model: transformer.Config, context: Context) -> transformer.Config:
+    """The shape of the model that training starts from; of a named one the config.json is read."""
+    return context.compute.of(huggingface.shape(huggingface.fetch(start)) if start else model)
+
+
+def programs(
+    config: Config,
+    context: Context,
+    losses: Mapping[str, Callable] = MappingProxyType({"reward_model": reward_model.loss}),
+) -> list[Program]:
+    """What `starting_model`, then `train_scorer` by each loss, run on pairs: see `abstract`.
+
+    `measure` runs the program of their evaluation.
+    """
+    length, mesh = config.max_prompt + config.max_response, context.mesh
+    policy = abstract.model(planned_shape(config.start, config.model, context), mesh)
+    listed = []
+    if not config.start:
+        tuned = sft.programs(config.sft, policy, length, mesh)
+        policy, listed = tuned.result, tuned.programs
+    for name, loss_fn in losses.items():
+        stage = reward_model.programs(
+            config.reward_model, policy, length, mesh, loss_fn=loss_fn, name=name
+        )
+        listed = [*listed, *(x for x in stage.programs if x.name != f"{name}: centre")]
+    return listed
 
 
 def measure(config: Config, context: Context, scorer: Model, examples: Examples) -> dict:

@@ -36,11 +36,12 @@ with these labels more often than `best_reachable` says, which is 0.76 at the de
 
 import json
 import math
-import pathlib
+import os
 import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from rlhf_jax import processes, storage
 from rlhf_jax.tasks import review_grammar as grammar
 
 # How demonstrations are drawn.
@@ -68,11 +69,11 @@ class Comparison(NamedTuple):
 class Task(NamedTuple):
     """The files of the task, how responses are judged, and what can be reached."""
 
-    demonstrations: pathlib.Path
-    comparisons: pathlib.Path
-    comparisons_eval: pathlib.Path
-    prompts: pathlib.Path
-    prompts_eval: pathlib.Path
+    demonstrations: storage.Path
+    comparisons: storage.Path
+    comparisons_eval: storage.Path
+    prompts: storage.Path
+    prompts_eval: storage.Path
     gold: Callable[[str, str], float]  # (prompt, response) -> the gold score
     grammatical: Callable[[str], bool]  # whether all sentences of a response are in the grammar
     best_accuracy: float  # expected agreement of the gold score with `comparisons_eval`
@@ -313,14 +314,15 @@ def _row(comparison: Comparison) -> dict[str, str | list[str] | list[int]]:
     return {"prompt": prompt, "responses": list(responses), "ranks": list(range(len(responses)))}
 
 
-def _write(path: pathlib.Path, rows: Sequence[dict]) -> pathlib.Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
-    return path
+def _write(folder: storage.Path, files: dict[str, Sequence[dict]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        storage.write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make(
     seed: int,
-    folder: str | pathlib.Path,
+    folder: str | os.PathLike,
     *,
     num_demonstrations: int = 4000,
     num_comparisons: int = 6000,
@@ -366,10 +368,10 @@ def make(
         "prompts": [{"prompt": p} for p in train[:num_prompts]],
         "prompts_eval": [{"prompt": p} for p in held_out],
     }
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = storage.path(folder)
+    processes.first(lambda: _write(folder, files))
     return Task(
-        **{name: _write(folder / f"{name}.jsonl", rows) for name, rows in files.items()},
+        **{name: folder / f"{name}.jsonl" for name in files},
         gold=gold,
         grammatical=grammar.grammatical,
         best_accuracy=best_reachable(eval_comparisons, sharpness),

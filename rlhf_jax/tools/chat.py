@@ -33,7 +33,8 @@ from rlhf_jax.data.schema import Message
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.folders import Pretrained
 from rlhf_jax.launch import command
-from rlhf_jax.models import transformer
+from rlhf_jax.models import decoding, transformer
+from rlhf_jax.models.transformer import Compute, Precision
 from rlhf_jax.sampling import decode
 from rlhf_jax.sampling.decode import Sampling
 
@@ -43,7 +44,7 @@ CONTEXT = 16  # tokens at the end of the prompt that are decoded together with t
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
 
 
-def load(folder: pathlib.Path, sampling: Sampling) -> Pretrained:
+def load(folder: pathlib.Path, sampling: Sampling, dtype: Precision = "float32") -> Pretrained:
     """Reads a Hugging Face folder to sample from it.
 
     Raises ValueError for a folder without a language model, and where answers of
@@ -51,7 +52,7 @@ def load(folder: pathlib.Path, sampling: Sampling) -> Pretrained:
     """
     if (folder / "metrics.jsonl").is_file():
         raise ValueError(f"{folder}: the folder of a run; name the model folder that it exported")
-    pretrained = folders.load(folder)
+    pretrained = folders.load(folder, compute=Compute(dtype))
     longest = pretrained.model.config.max_length
     if sampling.max_new_tokens >= longest:
         raise ValueError(
@@ -103,14 +104,14 @@ def padded(
 @functools.partial(jax.jit, static_argnames=("size",))
 def _first_token(model, tokens, attend, key, sampling, *, size):
     """Reads the prompt into a key-value cache of `size` positions and draws the first token."""
-    hidden, cache = transformer.prefill(model, tokens, attend, size)
+    hidden, cache = decoding.prefill(model, tokens, attend, size)
     return _draw(model, hidden, key, 0, sampling), cache
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
 def _next_token(model, cache, token, key, position, sampling):
     """Appends a token to the cache and draws the one after it."""
-    hidden, cache = transformer.decode(model, cache, token)
+    hidden, cache = decoding.decode(model, cache, token)
     return _draw(model, hidden, key, position, sampling), cache
 
 
@@ -203,6 +204,7 @@ def chat(
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = SAMPLING,
     seed: int = 0,
     system: str = "",
+    dtype: Precision = "float32",
 ) -> None:
     """Reads turns from the terminal, or lines from a pipe, and answers each of them.
 
@@ -210,8 +212,9 @@ def chat(
         model: Hugging Face folder
         seed: random seed; the same seed and the same turns give the same answers
         system: system message, placed before the first turn
+        dtype: type of matrix products
     """
-    pretrained = load(model, sampling)
+    pretrained = load(model, sampling, dtype)
     opening = [{"role": "system", "content": system}] if system else []
     messages, turn, terminal = list(opening), 0, sys.stdin.isatty()
     if terminal:

@@ -31,11 +31,11 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
+from rlhf_jax import storage
 from rlhf_jax.data import builders
 from rlhf_jax.launch import command
 from rlhf_jax.rewards.agreement import wilson
 from rlhf_jax.tools import pages
-from rlhf_jax.training.metrics import write_atomically
 
 VERDICTS = ("left", "right", "tie")
 
@@ -81,7 +81,7 @@ def page(
         )
     key = output.with_suffix(".key.json")
     name = pages.write(output, "A / B", {"kind": "judge", "scale": None, "items": items})
-    write_atomically(key, json.dumps(Key(name, sides, equal)._asdict(), indent=1) + "\n")
+    storage.write(key, json.dumps(Key(name, sides, equal)._asdict(), indent=1) + "\n")
     print(
         f"{output}: {len(items)} pairs to judge, {len(equal)} equal pairs that count as ties; "
         f"the key is {key}"

@@ -26,16 +26,17 @@ import jax
 import numpy as np
 import tyro
 
+from rlhf_jax import storage
 from rlhf_jax.data import builders
 from rlhf_jax.data import chat as templates
 from rlhf_jax.data.schema import Message, user_turn
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.folders import Pretrained
 from rlhf_jax.launch import command
+from rlhf_jax.models.transformer import Precision
 from rlhf_jax.sampling import decode
 from rlhf_jax.sampling.decode import Sampling
 from rlhf_jax.tools import chat, pages
-from rlhf_jax.training.metrics import write_atomically
 
 
 def respond(
@@ -46,6 +47,7 @@ def respond(
     seed: int = 0,
     num_samples: int = 1,
     batch_size: int = 16,
+    dtype: Precision = "float32",
     raw_prompts: bool = False,
 ) -> None:
     """Writes one row of answers for every row of prompts.
@@ -57,6 +59,7 @@ def respond(
         seed: random seed of the sampling
         num_samples: answers per prompt
         batch_size: answers that are sampled together
+        dtype: type of matrix products
         raw_prompts: continue texts as they stand, even if the tokenizer has a chat template
     """
     if output.suffix != ".jsonl" or not output.parent.is_dir():
@@ -65,7 +68,7 @@ def respond(
         raise ValueError(
             f"num_samples={num_samples} and batch_size={batch_size} must be at least 1"
         )
-    pretrained = chat.load(model, sampling)
+    pretrained = chat.load(model, sampling, dtype)
     rows = [
         {"prompt": pages.prompt(row, where)} | {k: row[k] for k in ("group",) if k in row}
         for row, where in builders.load(prompts)
@@ -78,7 +81,7 @@ def respond(
         json.dumps(row | {"responses": responses}, ensure_ascii=False)
         for row, responses in zip(rows, sampled)
     ]
-    write_atomically(output, "".join(line + "\n" for line in lines))
+    storage.write(output, "".join(line + "\n" for line in lines))
     print(f"{output}: {num_samples} answers per prompt to {len(rows)} prompts")
 
 

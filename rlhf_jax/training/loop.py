@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import config, sharding
 from rlhf_jax.config import Count, Whole
-from rlhf_jax.models import partition
+from rlhf_jax.models import flops, partition, stacking
 from rlhf_jax.training import state as training
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.metrics import Display, Log
@@ -42,8 +42,14 @@ class Config(config.Config):
             )
 
     def row_counts(self) -> dict[str, int]:
-        """The numbers of rows that must divide over a mesh."""
-        return {"batch_size": self.batch_size}
+        """The numbers of rows that must divide over a mesh.
+
+        Micro-batches too: with fewer rows than devices they save no memory and cost more time.
+        """
+        return {
+            "batch_size": self.batch_size,
+            "batch_size / micro_batches": self.batch_size // self.micro_batches,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +112,14 @@ def train(
     if start:
         state = checkpoints.restore(state)
     total = plan.num_steps
-    log = runtime.log.stage(plan.name, total, start=start, check=check, display=plan.display)
+    log = runtime.log.stage(
+        plan.name,
+        total,
+        start=start,
+        check=check,
+        display=plan.display,
+        devices=list(runtime.mesh.devices.flat),
+    )
     with log as stage:
         for i, batch in zip(range(start, total), batches.from_position(start)):
             state, outcome = step(state, batch)
@@ -114,7 +127,9 @@ def train(
             figures = {}
             if plan.eval_every and (done % plan.eval_every == 0 or done == total):
                 figures = {f"eval/{key}": value for key, value in evaluate(done, state).items()}
-            more = functools.partial(_on_host, observe, outcome.record, figures)
+            # Gathered before the next step is enqueued, so that reading it does not wait for that.
+            record = None if observe is None else sharding.gather(outcome.record)
+            more = functools.partial(_on_host, observe, record, figures)
             stage.write(i, outcome.metrics, tokens=outcome.tokens, more=more)
             if checkpoints and (done % plan.save_every == 0 or done == total):
                 stage.flush()  # raises if this step was bad: nothing bad is ever saved
@@ -124,7 +139,7 @@ def train(
 
 def _on_host(observe: Callable | None, record: Any, figures: dict) -> dict[str, float]:
     """What is reported of a step besides its own metrics."""
-    return figures if observe is None else observe(jax.device_get(record)) | figures
+    return figures if observe is None else observe(sharding.to_host(record)) | figures
 
 
 def fit(
@@ -150,12 +165,14 @@ def fit(
     check_batch_size(config.batch_size, batches)
     check_evaluation(config.eval_every, evaluate)
     sharding.check_rows(runtime.mesh, **config.row_counts())
+    batches = batches.reading(sharding.process_rows(runtime.mesh, config.batch_size))
     for name in models.keys() & (frozen or {}).keys():
         raise ValueError(f"{name!r} cannot be trained and frozen at once; rename one of the two")
     with jax.set_mesh(runtime.mesh):
-        trainable, bases = partition.partition(models)
-        state = sharding.initialise(runtime.mesh, init_state, config, trainable)
-        frozen = sharding.place(runtime.mesh, {**bases, **(frozen or {})})
+        trainable, bases = sharding.place(runtime.mesh, partition.partition(models))
+        given = {**bases, **sharding.place(runtime.mesh, frozen or {})}
+        trained, frozen = arranged(runtime.mesh, trainable, given)
+        state = sharding.initialise(runtime.mesh, init_state, config, trained)
         program = supervised_program(loss_fn, runtime.mesh, state, frozen)
 
         def step(state, batch):
@@ -169,9 +186,28 @@ def fit(
             batches,
             Plan(name, display, config.num_steps, config.save_every, config.eval_every),
             runtime,
-            evaluate=lambda done, state: evaluate(done, partition.combine(frozen, state.trainable)),
+            evaluate=lambda done, state: evaluate(done, models_of(given, state)),
         )
-    return partition.combine(frozen, state.trainable), history
+    return models_of(given, state), history
+
+
+def arranged(mesh: jax.sharding.Mesh, trainable: dict, frozen: dict) -> tuple[dict, dict]:
+    """Models on the mesh, or their shapes, as programs take them: (trainable, frozen).
+
+    Layers are stacked where training wants that. What is trained is float32, whatever it was stored
+    in, because updates are often smaller than the spacing of bfloat16. The matrices of frozen
+    models have the type of their products, which halves their memory and changes no number.
+    """
+    masters = jax.tree.map(training.master, trainable)
+    return (
+        stacking.stack_all(mesh, masters),
+        stacking.stack_all(mesh, partition.in_compute_type(frozen)),
+    )
+
+
+def models_of(given: dict, state: TrainState) -> dict:
+    """All models with a name per layer, from the frozen ones as they were given and the state."""
+    return partition.combine(given, stacking.unstack_all(state.trainable))
 
 
 def supervised_program(loss_fn: Callable, mesh: jax.sharding.Mesh, state, frozen: dict) -> Callable:
@@ -209,8 +245,10 @@ def update(loss_fn: Callable, config: Config, state: TrainState, frozen: dict, b
 
 
 def _step(loss_fn: Callable, config: Config, state: TrainState, frozen: dict, batch: Any):
-    """`update`, and the real tokens of the batch."""
-    return *update(loss_fn, config, state, frozen, batch), jnp.sum(batch.attend > 0)
+    """`update`, with the model FLOPs among its metrics, and the real tokens of the batch."""
+    work = flops.of_update(state.trainable, frozen, batch.attend)
+    state, metrics = update(loss_fn, config, state, frozen, batch)
+    return state, {**metrics, "model_flops": work}, jnp.sum(batch.attend > 0)
 
 
 def check_batch_size(batch_size: int, batches: Any) -> None:

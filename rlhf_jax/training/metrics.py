@@ -16,11 +16,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path, PurePath
+from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import NamedTuple
 
 import jax
@@ -29,7 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_jax.training.progress import Progress, Speed
+from rlhf_jax import chips, storage
+from rlhf_jax.storage import Path
+from rlhf_jax.training.progress import Progress
+from rlhf_jax.training.speed import Speed
 
 Check = Callable[[int, dict[str, float]], None]
 
@@ -51,7 +53,8 @@ class Log:
     With `folder=None` nothing is written and the metrics are kept in memory (`Stage.history`);
     with `quiet=True` nothing is printed. With `profile_steps=N` each stage writes a `jax.profiler`
     trace of the N steps after its first one, which compiles, to `folder/profile/<stage>`.
-    `trained` says whether any step of any stage was written.
+    `trained` says whether any step of any stage was written. A folder in a bucket gets no
+    TensorBoard events.
     """
 
     def __init__(self, folder: Path | None = None, quiet: bool = False, profile_steps: int = 0):
@@ -60,7 +63,7 @@ class Log:
                 f"profile_steps={profile_steps} with folder={folder}; "
                 "it must be at least 0, and a trace needs a folder"
             )
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else storage.path(folder)
         self.profile_steps = profile_steps
         self.trained = False
         self.writes = jax.process_index() == 0 and folder is not None
@@ -73,15 +76,17 @@ class Log:
         start: int = 0,
         check: Check | None = None,
         display: Display | None = None,
+        devices: Sequence[jax.Device] = (),
     ) -> Stage:
         """One stage of `total` steps, of which `start` are done; use it in a `with` statement.
 
         Steps of this stage from `start` on that an earlier process wrote are removed from
         metrics.jsonl, and TensorBoard is told to hide them, because they will be run again.
         `check(step, floats)` sees the converted metrics of every step and may raise. Without a
-        `display` the console and the report show the metrics by their names.
+        `display` the console and the report show the metrics by their names. `devices` are those
+        that the steps run on; they are what speed and memory are measured of.
         """
-        return Stage(self, name, total, start, check, display)
+        return Stage(self, name, total, start, check, display, devices)
 
     def samples(self, stage: str, step: int, rows: list[dict[str, str | float | int]]) -> None:
         """Writes texts to samples.jsonl, in place of those that this stage and step had before.
@@ -94,7 +99,7 @@ class Log:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "samples.jsonl"
         _drop_lines(path, lambda line: (line["stage"], line["step"]) == (stage, step))
-        with path.open("a", encoding="utf-8") as file:
+        with storage.Lines(path) as file:
             for row in rows:
                 file.write(json_line({"stage": stage, "step": step, **row}))
 
@@ -126,11 +131,12 @@ class Stage:
         start: int,
         check: Check | None,
         display: Display | None,
+        devices: Sequence[jax.Device],
     ):
         self.name = name
         self.history: list[dict[str, float]] = []
         self._log, self._total, self._start, self._check = log, total, start, check
-        self._display = display
+        self._display, self._devices = display, devices
         self._pending: tuple | None = None
         self._written = 0
         self._tracing = False
@@ -143,14 +149,18 @@ class Stage:
             log.folder.mkdir(parents=True, exist_ok=True)
             self._seconds_before = self._remove_repeated_steps()
             _record_display(log.folder, self.name, self._display)
-            self._file = (log.folder / "metrics.jsonl").open("a", encoding="utf-8")
-            # One folder per stage, because a purge hides the later steps of a whole folder.
-            self._board = _summary_writer()(
-                str(log.folder / "tensorboard" / self.name), purge_step=self._start, flush_secs=10
-            )
+            self._file = storage.Lines(log.folder / "metrics.jsonl")
+            if not storage.in_bucket(log.folder):
+                # One folder per stage, because a purge hides the later steps of a whole folder.
+                self._board = _summary_writer()(
+                    str(log.folder / "tensorboard" / self.name),
+                    purge_step=self._start,
+                    flush_secs=10,
+                )
         headline = None if self._display is None else self._display.headline
         self._progress = Progress(log.console, self.name, self._total, self._start, headline)
-        self._speed = Speed(time.perf_counter())
+        peak = chips.peak_flops(self._devices) if self._devices else None  # may have to measure it
+        self._speed = Speed(time.perf_counter(), self._devices, peak)
         return self
 
     def write(
@@ -163,8 +173,9 @@ class Stage:
         """Takes the scalars of one step and converts those of the step before.
 
         `metrics` are scalars, on the device or not. `tokens` counts the real tokens that the step
-        processed, on all hosts together and without padding; it becomes the metric
-        `tokens_per_second` of every step but the first. `more` is called when this step is
+        processed, on all hosts together and without padding. Every step but the first is given the
+        metrics of `Speed.add`: `tokens_per_second`, and from a metric called `model_flops` the
+        `model_flops_utilisation` of the stage's devices. `more` is called when this step is
         converted (at the next write, or at `flush`) and returns further scalars: what is measured
         on the host, such as `more=lambda: observe(rollout)`, then does not keep the device waiting.
 
@@ -198,6 +209,7 @@ class Stage:
             self._progress.close()
             if self._file is not None:
                 self._file.close()
+            if self._board is not None:
                 self._board.close()
 
     def _remove_repeated_steps(self) -> float:
@@ -215,14 +227,13 @@ class Stage:
         if more is not None:
             values |= more()
         floats = {name: self._scalar(name, value) for name, value in values.items()}
-        rate = self._speed.add(time.perf_counter(), float(tokens))
-        if rate is not None:
-            floats["tokens_per_second"] = rate
+        flops = floats.get("model_flops", 0.0)
+        floats |= self._speed.add(time.perf_counter(), float(tokens), flops)
         seconds = round(self._seconds_before + self._speed.seconds, 3)
         self.history.append({"step": step, "seconds": seconds, **floats})
         if self._file is not None:
             self._file.write(json_line({"stage": self.name, **self.history[-1]}))
-            self._file.flush()
+        if self._board is not None:
             for name, value in floats.items():
                 # TensorBoard cannot draw NaN, and its writer prints a warning for each.
                 if math.isfinite(value):
@@ -289,7 +300,7 @@ def _record_display(folder: Path, stage: str, display: Display | None) -> None:
         after[stage] = display
     if after != before:
         text = json.dumps({name: shown._asdict() for name, shown in after.items()}, indent=2)
-        write_atomically(folder / "stages.json", text + "\n")
+        storage.write(folder / "stages.json", text + "\n")
 
 
 def read_displays(folder: Path) -> dict[str, Display]:
@@ -336,13 +347,6 @@ def plain(value):
 def json_line(value: dict) -> str:
     """`plain(value)` as one line of JSON, its line break included."""
     return json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file such that readers see its old or its new text, and never a part of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -393,7 +397,7 @@ def _drop_lines(path: Path, drop: Callable[[dict], bool]) -> list[dict]:
     if path.exists():
         text = "".join(json_line(line) for line in kept)
         if text != path.read_text(encoding="utf-8"):
-            write_atomically(path, text)
+            storage.write(path, text)
     return kept
 
 

@@ -8,45 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from rlhf_jax.training.speed import Speed
+
 LINES_PER_STAGE = 20  # at most, where the output is no terminal but a log file or a notebook
-
-
-class Speed:
-    """The wall time and the tokens of the steps so far. `now` is a time in seconds.
-
-    Averages leave out the first step, because it compiles.
-    """
-
-    def __init__(self, now: float):
-        self.began = self.last = now
-        self.first_ended: float | None = None
-        self.steps = 0
-        self.tokens = 0.0
-
-    def add(self, now: float, tokens: float) -> float | None:
-        """Counts a step that ended at `now`; returns its tokens per second, None for the first."""
-        elapsed, self.last = max(now - self.last, 1e-9), now
-        if self.first_ended is None:
-            self.first_ended = now
-            return None
-        self.steps += 1
-        self.tokens += tokens
-        return tokens / elapsed if tokens else None
-
-    @property
-    def seconds(self) -> float:
-        """From the beginning of the stage to the end of the newest step."""
-        return self.last - self.began
-
-    @property
-    def tokens_per_second(self) -> float:
-        """The mean over the steps after the first."""
-        return self.tokens / max(self.last - self.first_ended, 1e-9)
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """The mean over the steps after the first; None before there are any."""
-        return (self.last - self.first_ended) / self.steps if self.steps else None
 
 
 class Progress:
@@ -85,6 +49,8 @@ class Progress:
         note = [f"{name} {floats[name]:.4g}" for name in headline if name in floats]
         if speed.tokens:
             note.append(f"{_thousands(speed.tokens_per_second)} tokens/s")
+        if speed.utilisation is not None:
+            note.append(f"{speed.utilisation:.0%} of peak FLOP/s")
         if speed.seconds_per_step is not None and done < self.total:
             note.append(f"{_clock((self.total - done) * speed.seconds_per_step)} left")
         if self.bar is not None:

@@ -7,9 +7,10 @@ section for which the run wrote nothing is left out.
 from __future__ import annotations
 
 import html
-from pathlib import Path
 from typing import NamedTuple
 
+from rlhf_jax import storage
+from rlhf_jax.storage import Path
 from rlhf_jax.training.charts import BOTTOM, HEIGHT, TOP, Curve, chart, number
 from rlhf_jax.training.metrics import (
     Display,
@@ -17,7 +18,6 @@ from rlhf_jax.training.metrics import (
     read_displays,
     read_lines,
     read_object,
-    write_atomically,
 )
 
 # The metrics whose charts have a line at the summary's `best_reachable_accuracy`.
@@ -40,7 +40,6 @@ def write(folder: Path) -> Path:
     of the summary, wherever they are nested in it, and `best_reachable_accuracy` with the accuracy.
     A score, KL or accuracy that the summary lacks is taken from the first and last steps.
     """
-    folder = Path(folder)
     stages = _stages(read_lines(folder / "metrics.jsonl"))
     displays = read_displays(folder)
     titles = _titles(stages, displays)
@@ -61,9 +60,7 @@ def write(folder: Path) -> Path:
     ]
     title = html.escape(f"{described.get('experiment', folder.name)}")
     path = folder / "report.html"
-    write_atomically(
-        path, PAGE.format(title=title, style=STYLE, body="\n".join(filter(None, parts)))
-    )
+    storage.write(path, PAGE.format(title=title, style=STYLE, body="\n".join(filter(None, parts))))
     return path
 
 

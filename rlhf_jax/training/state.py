@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax import config
+from rlhf_jax import config, sharding, shards
 from rlhf_jax.config import NonNegative, Positive, Share, Whole
-from rlhf_jax.models import partition
+from rlhf_jax.models import partition, stacking
 
 
 class TrainingStopped(RuntimeError):
@@ -106,10 +106,20 @@ def make_optimizer(optimizer: OptimizerConfig, num_steps: int) -> optax.Gradient
         optax.identity() if clip is None else optax.clip_by_global_norm(clip),
         _scale_by_adam(optimizer),
         optax.add_decayed_weights(
-            optimizer.weight_decay, mask=lambda p: jax.tree.map(lambda x: jnp.ndim(x) > 1, p)
+            optimizer.weight_decay, mask=lambda p: jax.tree.map_with_path(_is_matrix, p)
         ),
         optax.scale_by_learning_rate(schedule(optimizer, num_steps)),
     )
+
+
+def _is_matrix(path: tuple, array: Array) -> bool:
+    """Whether a parameter is a matrix in each layer, and so decays; norms and biases are not."""
+    return jnp.ndim(array) - stacking.is_stacked(path) > 1
+
+
+def master(x: Array) -> Array:
+    """A trained array in float32, and any array of whole numbers as it is."""
+    return sharding.cast(x, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def init_state(optimizer: optax.GradientTransformation, trainable: Any) -> TrainState:
@@ -138,6 +148,7 @@ def gradient_step(
         return _check_loss(loss_fn, found)
 
     (loss, metrics), grads = jax.value_and_grad(on_trainable, has_aux=True)(state.trainable)
+    grads = shards.constrain(grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     good = finite & (state.bad_step < 0)

@@ -364,7 +364,7 @@ def groups(family: Family, paths: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def _is_transposed(family: Family, path: str) -> bool:
+def is_transposed(family: Family, path: str) -> bool:
     """Whether an array is stored transposed: kernels are [in, out] in a `Model`, and stored as
     [out, in] except in the layers of GPT-2."""
     return path.endswith("/kernel") and not (family.conv1d and path.startswith("layer_"))
@@ -373,14 +373,14 @@ def _is_transposed(family: Family, path: str) -> bool:
 def stored_shape(family: Family, paths: list[str], shapes: list[tuple[int, ...]]) -> tuple:
     """The shape of the stored tensor that holds the arrays at `paths`, whose shapes are given."""
     rest, out = shapes[0][:-1], sum(shape[-1] for shape in shapes)
-    return (out, *rest) if _is_transposed(family, paths[0]) else (*rest, out)
+    return (out, *rest) if is_transposed(family, paths[0]) else (*rest, out)
 
 
 def split(
     family: Family, paths: list[str], widths: list[int], num_heads: int, tensor: np.ndarray
 ) -> list[np.ndarray]:
     """The arrays at `paths` from the stored tensor; `widths` are the sizes of their last axes."""
-    transposed = _is_transposed(family, paths[0])
+    transposed = is_transposed(family, paths[0])
     if len(paths) == 1:
         parts = [tensor]
     elif family.by_head:
@@ -393,7 +393,7 @@ def split(
 
 def join(family: Family, paths: list[str], num_heads: int, parts: list[np.ndarray]) -> np.ndarray:
     """The stored tensor from the arrays at `paths`: the inverse of `split`."""
-    transposed = _is_transposed(family, paths[0])
+    transposed = is_transposed(family, paths[0])
     parts = [part.T for part in parts] if transposed else parts
     if len(paths) == 1:
         return parts[0]

@@ -8,7 +8,11 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors
+import safetensors.numpy
+
+from rlhf_jax import storage
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PICKLED = re.compile(r"pytorch_model.*\.bin|.*\.(pt|pth|ckpt)")
@@ -21,7 +25,7 @@ class Stored(NamedTuple):
     handle: Any  # of safetensors: `handle[:]` reads the tensor, `handle.get_shape()` does not
 
 
-def read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: storage.Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, naming the file, if it does not hold one."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -34,9 +38,17 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     return record
 
 
-def write_json(file: pathlib.Path, record: dict[str, Any]) -> None:
+def write_json(file: storage.Path, record: dict[str, Any]) -> None:
     """Writes an object to a JSON file."""
-    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    storage.write(file, json.dumps(record, indent=2) + "\n")
+
+
+def write_tensors(file: storage.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file as transformers and peft do."""
+    if storage.in_bucket(file):
+        storage.write(file, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    else:  # without a second copy in memory
+        safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:

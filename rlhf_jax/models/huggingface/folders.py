@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 import re
 from typing import Any, Literal
@@ -12,10 +13,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from rlhf_jax import sharding
+from rlhf_jax import processes, sharding, storage
 from rlhf_jax.models import lora, transformer
 from rlhf_jax.models.huggingface import configurations, families, files
 
@@ -35,7 +34,8 @@ def load(
     `store` ("float32" or "bfloat16") is the type of the parameters, whatever the files hold:
     float32 in order to train them, bfloat16 to halve the memory of frozen models. `dtype`
     ("float32" or "bfloat16") is the type in which products are computed. With a mesh each tensor is
-    put onto its devices as it is read, so the host holds only one tensor at a time.
+    put onto its devices as it is read, so the host holds only one tensor at a time, and of several
+    processes each reads the slices that its own devices hold.
 
     A `*ForSequenceClassification` with one label becomes a model with a scalar head of bias 0.
     transformers scores the last token that is not `pad_token_id`, `heads.sequence_scores` the last
@@ -48,8 +48,7 @@ def load(
     if store not in ("float32", "bfloat16"):
         raise ValueError(f"store={store!r}: parameters are kept in 'float32' or 'bfloat16'")
     folder = pathlib.Path(folder)
-    fields = files.read_config(folder)
-    config = configurations.config_from(fields, str(folder / "config.json"), dtype)
+    config, fields = shape(folder, dtype), files.read_config(folder)
     family, classifier = configurations.family_of(fields)
 
     def init(key):
@@ -69,9 +68,13 @@ def load(
         if config.tied and not classifier:
             _check_tied(stored, family)
         for name, paths in groups.items():
-            widths = [leaves[path].shape[-1] for path in paths]
-            split = functools.partial(families.split, family, paths, widths, config.num_heads)
-            arrays |= _read(stored[name], split, {path: shardings[path] for path in paths}, store)
+            where = {path: shardings[path] for path in paths}
+            if mesh and len(paths) == 1:
+                arrays |= _read_slices(stored[name], family, where, store)
+            else:
+                widths = [leaves[path].shape[-1] for path in paths]
+                split = functools.partial(families.split, family, paths, widths, config.num_heads)
+                arrays |= _read(stored[name], split, where, store)
     if classifier:
         arrays["score/bias"] = _put(np.zeros((1,), store), shardings["score/bias"])
 
@@ -79,6 +82,16 @@ def load(
         return arrays[sharding.path_name(path)]
 
     return transformer.Model(config, jax.tree.map_with_path(array_at, shapes))
+
+
+def shape(folder: str | pathlib.Path) -> transformer.Config:
+    """The configuration of the model in a folder, of which only the config.json is read.
+
+    Raises ValueError as `load` does for what that file says.
+    """
+    folder = pathlib.Path(folder)
+    fields = files.read_config(folder)
+    return configurations.config_from(fields, str(folder / "config.json"), "float32")
 
 
 def _by_path(tree):
@@ -138,6 +151,27 @@ def _check_tied(stored, family):
         )
 
 
+def _read_slices(stored, family, shardings, store):
+    """The one array, by its path, that a stored tensor holds; only this process's slices are read.
+
+    (A tensor that joins several arrays is read whole, by `_read`.)
+    """
+    ((path, where),) = shardings.items()
+    shape, read = tuple(stored.handle.get_shape()), {}
+    transposed = families.is_transposed(family, path)
+
+    def piece(index):
+        stored_index = tuple(reversed(index)) if transposed else index
+        bounds = tuple(part.indices(size) for part, size in zip(stored_index, shape))
+        if bounds not in read:  # devices may hold the same slice
+            part = stored.handle[stored_index].astype(store, copy=False)
+            read[bounds] = part.T if transposed else part
+        return read[bounds]
+
+    shape_here = shape[::-1] if transposed else shape
+    return {path: jax.make_array_from_callback(shape_here, where, piece)}
+
+
 def _read(stored, split, shardings, store):
     """The model's arrays, by path, that one stored tensor holds.
 
@@ -155,7 +189,7 @@ def _put(tensor: np.ndarray, where: jax.sharding.Sharding | None) -> jax.Array:
 
 
 def save(
-    folder: str | pathlib.Path,
+    folder: str | os.PathLike,
     model: transformer.Model,
     *,
     like: str | pathlib.Path | dict[str, Any] | None = None,
@@ -178,8 +212,11 @@ def save(
     head is missing or ambiguous, and for a scalar head that transformers cannot represent: its
     classifiers have no bias, and they find the last token by `pad_token_id`, which must therefore
     be set and must not be an EOS id.
+
+    config.json is written last: a folder without one is incomplete. With several processes all of
+    them call this function, and process 0 writes.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     if lora.has_adapter(model):
         raise ValueError("the model has an adapter; save lora.merge(model), or save_adapter")
     head = choose_head(model, head)
@@ -191,15 +228,28 @@ def save(
         raise ValueError(
             f"dtype={dtype!r} cannot be written; use one of {', '.join(WRITTEN_DTYPES)}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.safetensors*")) or (folder / "config.json").exists():
-        raise ValueError(f"{folder}: holds a model already; choose another folder or remove it")
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.glob("*.safetensors*")) or (folder / "config.json").exists():
+            raise ValueError(f"{folder}: holds a model already; choose another folder or remove it")
+
+    def finish() -> None:
+        if head == "lm" and isinstance(like, str | pathlib.Path):
+            _copy_generation_config(pathlib.Path(like), folder)
+        files.write_json(folder / "config.json", record | {key: dtype})
+
+    processes.first(begin)
     _write_tensors(folder, model, family, head, WRITTEN_DTYPES[dtype], max_shard_bytes)
-    files.write_json(folder / "config.json", record | {key: dtype})
-    if head == "lm" and isinstance(like, str | pathlib.Path):
-        generation = pathlib.Path(like) / "generation_config.json"
-        if generation.is_file():
-            files.write_json(folder / generation.name, files.read_json(generation))
+    processes.first(finish)
+
+
+def _copy_generation_config(like, folder):
+    """The generation settings of the model this one came from, where `folder` does not say them."""
+    before, here = (x / "generation_config.json" for x in (like, folder))
+    if before.is_file():
+        own = files.read_json(here) if here.exists() else {}
+        files.write_json(here, files.read_json(before) | own)
 
 
 def choose_head(
@@ -253,7 +303,10 @@ def _export_fields(model, like, classifier, extra):
 
 
 def _write_tensors(folder, model, family, head, dtype, max_shard_bytes):
-    """Writes the tensors in files of at most `max_shard_bytes`, gathering one file at a time."""
+    """Writes the tensors in files of at most `max_shard_bytes`, gathering one file at a time.
+
+    Every process gathers each tensor, and only process 0 keeps and writes it.
+    """
     left_out = {"lm": "score", "score": "head"}[head]
     weights = {k: v for k, v in model.weights.items() if k != left_out}
     leaves = _by_path(weights)
@@ -267,7 +320,10 @@ def _write_tensors(folder, model, family, head, dtype, max_shard_bytes):
         room -= size
 
     def tensor(paths):
-        parts = [np.asarray(leaves[path]).astype(dtype) for path in paths]
+        parts = [sharding.to_host(leaves[path]) for path in paths]
+        if jax.process_index() != 0:
+            return None
+        parts = [part.astype(dtype) for part in parts]
         return np.ascontiguousarray(families.join(family, paths, model.config.num_heads, parts))
 
     file_of, total = {}, 0
@@ -276,9 +332,11 @@ def _write_tensors(folder, model, family, head, dtype, max_shard_bytes):
         if len(shards) == 1:
             name = "model.safetensors"
         tensors = {key: tensor(paths) for key, paths in shard.items()}
-        safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
+        if jax.process_index() != 0:
+            continue
+        files.write_tensors(folder / name, tensors)
         file_of |= dict.fromkeys(tensors, name)
         total += sum(x.nbytes for x in tensors.values())
-    if len(shards) > 1:
+    if len(shards) > 1 and jax.process_index() == 0:
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
         files.write_json(folder / "model.safetensors.index.json", index)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
+from rlhf_jax import processes, sharding, storage
 from rlhf_jax.models import lora, transformer
 from rlhf_jax.models.huggingface import configurations, families, files, folders
 
@@ -74,8 +75,12 @@ def to_peft(
         if "lora_a" not in node:
             continue
         module = kernel.removesuffix(".weight")
-        tensors[f"{_PEFT}{module}.lora_A.weight"] = np.ascontiguousarray(node["lora_a"].T)
-        tensors[f"{_PEFT}{module}.lora_B.weight"] = np.ascontiguousarray(node["lora_b"].T)
+        tensors[f"{_PEFT}{module}.lora_A.weight"] = np.ascontiguousarray(
+            sharding.to_host(node["lora_a"]).T
+        )
+        tensors[f"{_PEFT}{module}.lora_B.weight"] = np.ascontiguousarray(
+            sharding.to_host(node["lora_b"]).T
+        )
         ranks.add(node["lora_a"].shape[1])
         scales.add(float(node["lora_scale"]))
         targets.add(module.rpartition(".")[2])
@@ -95,7 +100,8 @@ def to_peft(
     }
     if head == "score":
         name = families.stored_name(family, "score/kernel")
-        tensors[_PEFT + name] = np.ascontiguousarray(model.weights["score"]["kernel"].T)
+        kernel = sharding.to_host(model.weights["score"]["kernel"])
+        tensors[_PEFT + name] = np.ascontiguousarray(kernel.T)
         record |= {"task_type": "SEQ_CLS", "modules_to_save": [family.modules["score"]]}
     return record, tensors
 
@@ -179,7 +185,7 @@ def _kernels(weights: dict, family):
 
 
 def save_adapter(
-    folder: str | pathlib.Path,
+    folder: str | os.PathLike,
     model: transformer.Model,
     *,
     like: str | pathlib.Path,
@@ -189,7 +195,8 @@ def save_adapter(
 
     `head` is needed for a model with two heads: the one that the adapter is for. A scalar head
     ("score") is written with the adapter, for `AutoModelForSequenceClassification` with
-    `num_labels=1`, which finds the last token by the base's `pad_token_id`.
+    `num_labels=1`, which finds the last token by the base's `pad_token_id`. With several processes
+    all of them call this function, and process 0 writes.
     Raises ValueError for a model without an adapter; for a scalar head with a bias, which peft has
     no place for (see `transformer.without_score_bias`); and for a family whose kernels transformers
     stores joined (GPT-2, Phi-3, GPT-NeoX), where peft adapts the joined kernel and this library its
@@ -198,10 +205,14 @@ def save_adapter(
     head = folders.choose_head(model, head)
     family, _ = configurations.family_of(files.read_config(pathlib.Path(like)))
     record, tensors = to_peft(model, family, head, str(like))
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(tensors, folder / files.ADAPTER_FILES[1], metadata={"format": "pt"})
-    files.write_json(folder / files.ADAPTER_FILES[0], record)
+    folder = storage.path(folder)
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_tensors(folder / files.ADAPTER_FILES[1], tensors)
+        files.write_json(folder / files.ADAPTER_FILES[0], record)
+
+    processes.first(write)
 
 
 def load_adapter(

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf_jax import storage
 from rlhf_jax.data import builders
 from rlhf_jax.training import report
-from rlhf_jax.training.metrics import write_atomically
 
 Prompt = str | list[dict[str, str]]  # plain text, or messages with 'role' and 'content'
 FIELDS = (
@@ -122,7 +122,7 @@ def write(path: pathlib.Path, title: str, content: dict[str, Any]) -> str:
         script=_file("page.js"),
         data=embedded(data),
     )
-    write_atomically(path, page)
+    storage.write(path, page)
     return name
 
 

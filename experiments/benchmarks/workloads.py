@@ -1,0 +1,436 @@
+"""The workloads that the benchmarks time: steps of each algorithm on random tokens.
+
+`sft` and `reward_model` (pairs) are one update. `sampling` draws responses, prefill included. `ppo`
+is a whole iteration with a critic of its own, `ppo_shared` one whose critic is a scalar head on the
+policy; both make 4 epochs of 1 minibatch. Each program is the one that training runs.
+
+Beside each time stand two lower bounds, measured in the same run. `arithmetic` is the time that the
+model's FLOPs (`models/flops.py`) would take at the rate of one large matrix product, and `memory`
+the time that the bytes which have to move would take at the rate of one large copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import chips, online, sharding
+from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.data.batches import Comparisons, Demonstrations, Prompts
+from rlhf_jax.data.records import Ends
+from rlhf_jax.models import flops, transformer
+from rlhf_jax.models.partition import combine
+from rlhf_jax.rewards import learned
+from rlhf_jax.sampling import Drawing, Sampling, decode
+from rlhf_jax.training import loop, speed
+
+FLOAT = 4  # bytes: parameters, gradients and moments are float32 wherever a model is trained
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The sizes of a step."""
+
+    batch: int = 32  # rows, or pairs of the reward model
+    prompt: int = 64  # tokens
+    response: int = 64  # tokens
+    model: transformer.Config = transformer.Config(vocab_size=4096)
+    epochs: int = 4  # of an iteration of PPO
+
+
+class Row(NamedTuple):
+    """The figures of one task: medians over the rounds, each of which is the median of its steps.
+
+    A share is lower bound / seconds_per_step, so at most 1. round_seconds and peer_seconds: seconds
+    per step in every round, of this program and of the one that it is compared with. compilations:
+    of any program after the first step, so 0. compile_seconds: tracing, lowering and compiling.
+    program_megabytes: the compiler's arguments + temporaries + outputs - aliased, of the largest
+    program. device_megabytes: the most that the device has held at once, the tasks before this one
+    included, NaN where it does not tell. process_megabytes: the same of the process.
+    """
+
+    task: str
+    seconds_per_step: float
+    round_seconds: tuple[float, ...]
+    peer_seconds: tuple[float, ...]
+    tokens_per_second: float
+    arithmetic_share: float
+    memory_share: float
+    gigaflops: float
+    gigabytes: float
+    matmul_gflops: float
+    copy_gbytes: float
+    compilations: int
+    compile_seconds: float
+    program_megabytes: float
+    device_megabytes: float
+    process_megabytes: float
+
+
+class Work(NamedTuple):
+    """What any program for a step must do at least: the FLOPs of the model, and bytes to move."""
+
+    flops: float
+    bytes: float
+
+
+class Task(NamedTuple):
+    """`step(state) -> state` runs one step; `programs` are its jitted functions and arguments.
+
+    trained: the models whose gradients a step holds, as shapes.
+    """
+
+    state: Any
+    step: Callable[[Any], Any]
+    programs: tuple[tuple[Any, tuple], ...]
+    tokens: int
+    work: Work
+    trained: Any
+
+
+# ------------------------------------------------------------------------------ the lower bounds
+
+
+def forward_flops(c: transformer.Config, rows: int, first: int, last: int, heads: int) -> float:
+    """A forward pass over positions [first, last) of `rows` rows, the rest being cached.
+
+    The vocabulary product is counted at `heads` positions per row.
+    """
+    return rows * flops.forward(c, last - first, flops.attended_in_row(c, first, last), heads)
+
+
+def weight_bytes(c: transformer.Config, head: bool) -> float:
+    """The matrices a forward pass reads; of the embedding only the rows looked up, ignored here."""
+    weights = flops.trunk_weights(c) + (c.d_model * c.vocab_size if head else 0)
+    return jnp.dtype(c.dtype).itemsize * weights
+
+
+def update_bytes(parameters: Any) -> float:
+    """An update moves ten floats a parameter: read forward and backward, its gradient written and
+    read, itself and both moments of Adam read and written. Activations are not counted."""
+    return 10.0 * FLOAT * sum(x.size for x in jax.tree.leaves(parameters))
+
+
+def sft_work(config: Workload, policy: transformer.Model) -> Work:
+    """One update: forward and twice that backward, logits at every position, no recomputation."""
+    length = config.prompt + config.response
+    forward = forward_flops(config.model, config.batch, 0, length, heads=length)
+    return Work(3 * forward, update_bytes(policy))
+
+
+def reward_model_work(config: Workload, scorer: transformer.Model) -> Work:
+    """One update on twice the rows, without a vocabulary product."""
+    length = config.prompt + config.response
+    return Work(
+        3 * forward_flops(config.model, 2 * config.batch, 0, length, heads=0), update_bytes(scorer)
+    )
+
+
+def sampling_work(config: Workload) -> Work:
+    """Prefill with one row of logits, then R - 1 decoding steps (the last token is never read).
+
+    Bytes: the weights once a step, prefill being one; every step reads the cache up to its
+    position. Logits and the writes to the cache (1 / length of its reads) are not counted.
+    """
+    c, last = config.model, config.prompt + config.response - 1
+    flops = forward_flops(c, config.batch, 0, last, heads=config.response)
+    columns = (last * (last + 1) - config.prompt * (config.prompt + 1)) // 2
+    cache = 2 * jnp.dtype(c.dtype).itemsize * c.num_layers * c.num_kv_heads * c.head_dim
+    cache *= columns * config.batch
+    return Work(flops, config.response * weight_bytes(c, head=True) + cache)
+
+
+def ppo_work(config: Workload, policy: transformer.Model, critic: transformer.Model | None) -> Work:
+    """Sampling; one forward pass of reference, scorer, policy and critic; then the epochs.
+
+    Two of the passes need logits, at the response only. An epoch is three forward passes of policy
+    (with logits) and critic. Without `critic` the policy's trunk does its work.
+    """
+    c, length = config.model, config.prompt + config.response
+    sampling = sampling_work(config)
+    speaks = forward_flops(c, config.batch, 0, length, heads=config.response)
+    scores = forward_flops(c, config.batch, 0, length, heads=0)
+    values = 0.0 if critic is None else scores
+    reads = 2 * weight_bytes(c, head=True) + (1 + (critic is not None)) * weight_bytes(c, False)
+    return Work(
+        sampling.flops + 2 * speaks + scores + values + 3 * config.epochs * (speaks + values),
+        sampling.bytes + reads + config.epochs * update_bytes((policy, critic)),
+    )
+
+
+# ------------------------------------------------------------------------------------- the tasks
+
+
+def _random_tokens(config, *shape):
+    tokens = np.random.default_rng(0).integers(3, config.model.vocab_size, shape)
+    return tokens.astype(np.int32), np.ones(shape, np.int32)
+
+
+def _supervised(mesh, config, loss_fn, models, batch, tokens, work):
+    """The step of SFT and reward modelling: the program that their `run` calls."""
+    state = sharding.initialise(mesh, loop.init_state, config, models)
+    step = loop.supervised_program(loss_fn, mesh, state, {})
+    batch = sharding.put_rows(mesh, batch)
+    programs = ((step, (config, state, {}, batch)),)
+    trained = jax.eval_shape(lambda: models)
+    return Task(
+        state, lambda state: step(config, state, {}, batch)[0], programs, tokens, work, trained
+    )
+
+
+def make_sft(config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
+    """A step of SFT: cross entropy on the response, with rows that have no padding."""
+    tokens, attend = _random_tokens(config, config.batch, config.prompt + config.response)
+    mask = np.zeros(tokens.shape, np.float32)
+    mask[:, config.prompt :] = 1.0
+    batch = Demonstrations(tokens, attend, mask)
+    models, work = {"policy": policy}, sft_work(config, policy)
+    return _supervised(mesh, sft.Config(), sft.loss, models, batch, tokens.size, work)
+
+
+def make_reward_model(config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
+    """A step of the reward model: one pair per prompt, so twice the rows of SFT."""
+    tokens, attend = _random_tokens(config, config.batch, 2, config.prompt + config.response)
+    ranks = np.tile(np.arange(2, dtype=np.int32), (config.batch, 1))
+    margin = np.zeros(config.batch, np.float32)
+    mask, present = np.ones(tokens.shape, np.float32), np.ones(ranks.shape, np.float32)
+    batch = Comparisons(tokens, attend, mask, ranks, present, margin)
+    scorer = reward_model.init_scorer(policy, jax.random.key(1))
+    models, work = {"scorer": scorer}, reward_model_work(config, scorer)
+    loss = reward_model.loss
+    return _supervised(mesh, reward_model.Config(), loss, models, batch, tokens.size, work)
+
+
+def _prompts(config, mesh):
+    tokens, attend = _random_tokens(config, config.batch, config.prompt)
+    return sharding.put_rows(mesh, Prompts(tokens, attend, np.arange(config.batch)))
+
+
+def _ends(config):
+    """An EOS that no model emits, so that every response has its full length."""
+    return Ends(eos_ids=(config.model.vocab_size,), pad_id=0)
+
+
+def make_sampling(config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
+    """Sampling at temperature 1 without filters, prefill included; it counts the sampled tokens."""
+    rows, whole = sharding.rows(mesh), sharding.replicated(mesh)
+
+    def sample(policy, prompts, iteration):
+        keys = decode.row_keys(jax.random.fold_in(jax.random.key(0), iteration), prompts.index)
+        drawn = decode.sample(
+            policy,
+            prompts.tokens,
+            prompts.attend,
+            keys,
+            sampling=Sampling(max_new_tokens=config.response),
+            ends=_ends(config),
+        )
+        return drawn, iteration + 1
+
+    sample = jax.jit(
+        sample,
+        in_shardings=(sharding.tree(mesh, policy), rows, whole),
+        out_shardings=(rows, whole),
+    )
+    prompts = _prompts(config, mesh)
+    start = jax.device_put(jnp.int32(0), whole)
+
+    def step(state):
+        # The samples are kept in the state so that a step is over when they are there.
+        return sample(policy, prompts, state[1])
+
+    tokens = config.batch * config.response
+    programs = ((sample, (policy, prompts, start)),)
+    return Task((None, start), step, programs, tokens, sampling_work(config), trained=())
+
+
+def make_ppo(
+    config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Model, *, shared: bool
+) -> Task:
+    """The three programs of an iteration of `ppo.run`; prompts and responses count as tokens."""
+    settings = ppo.Config(
+        batch_size=config.batch,
+        sampling=Sampling(max_new_tokens=config.response),
+        num_epochs=config.epochs,
+        shared_critic=shared,
+    )
+    scorer = reward_model.init_scorer(policy, jax.random.key(1))
+    networks = ppo.networks(settings, policy, None if shared else scorer)
+    frozen = sharding.place(mesh, {"reference": policy, "scorer": scorer})
+    algorithm = ppo.algorithm()
+    state = sharding.initialise(mesh, online.init_state, settings, algorithm.memory, networks)
+    sample, judge, update = online.compile_programs(
+        algorithm, Drawing(_ends(config)), learned.score, mesh, state, frozen
+    )
+    prompts = _prompts(config, mesh)
+
+    def iterate(state):
+        params = combine(frozen, state.train.trainable)
+        rollout = judge(settings, params, *sample(settings, params, state.iteration, prompts))
+        return update(settings, state, frozen, rollout)[0]
+
+    params = combine(frozen, state.train.trainable)
+    drawn = jax.eval_shape(sample, settings, params, state.iteration, prompts)
+    rollout = jax.eval_shape(judge, settings, params, *drawn)
+    programs = (
+        (sample, (settings, params, state.iteration, prompts)),
+        (judge, (settings, params, *drawn)),
+        (update, (settings, state, frozen, rollout)),
+    )
+    tokens = config.batch * (config.prompt + config.response)
+    work = ppo_work(config, networks["policy"], networks.get("critic"))
+    return Task(state, iterate, programs, tokens, work, jax.eval_shape(lambda: networks))
+
+
+MAKERS = {
+    "sft": make_sft,
+    "reward_model": make_reward_model,
+    "sampling": make_sampling,
+    "ppo": functools.partial(make_ppo, shared=False),
+    "ppo_shared": functools.partial(make_ppo, shared=True),
+}
+
+
+def make(config: Workload, name: str, mesh: jax.sharding.Mesh) -> Task:
+    """The task of this name, with a new model. Raises ValueError for a name that there is not."""
+    if name not in MAKERS:
+        raise ValueError(f"no task is called {name!r}; choose from {', '.join(MAKERS)}")
+    policy = sharding.initialise(
+        mesh, transformer.init, config.model, jax.random.key(0), static_argnums=0
+    )
+    return MAKERS[name](config, mesh, policy)
+
+
+# ------------------------------------------------------------------------------ what is measured
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of the programs of a task."""
+
+    seconds: float  # of tracing, lowering and compiling all of them
+    peak: float  # bytes: arguments + temporaries + outputs - aliased, of the largest program
+    temporaries: float  # bytes, of the program with the most
+
+
+def compile_programs(task: Task) -> Compiled:
+    """Compiles the programs of a task, which its steps then find compiled."""
+    start = time.perf_counter()
+    compiled = [program.lower(*arguments).compile() for program, arguments in task.programs]
+    seconds = time.perf_counter() - start
+    memory = [x.memory_analysis() for x in compiled]
+    peaks = [
+        m.argument_size_in_bytes
+        + m.temp_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+        for m in memory
+    ]
+    return Compiled(seconds, max(peaks), max(m.temp_size_in_bytes for m in memory))
+
+
+def compilations() -> int:
+    """How many programs have been compiled, or read from a cache on disk, since the first call."""
+    return len(_compiled_programs())
+
+
+@functools.cache
+def _compiled_programs() -> list[str]:
+    """Their events, to which jax adds one whenever a traced program is turned into another one."""
+    events = []
+
+    def listen(event: str, seconds: float, **details) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return events
+
+
+class Round(NamedTuple):
+    """One round: seconds of each step, and the rates measured beside them."""
+
+    seconds: list[float]
+    product: float  # FLOPs per second
+    bandwidth: float  # bytes per second
+    peer: float | None  # seconds per step of the program that ours is compared with
+
+
+def measure(
+    config: Workload,
+    name: str,
+    *,
+    steps: int,
+    matmul: int,
+    copy: int,
+    rounds: int = 1,
+    peer: Callable[[], float] | None = None,
+) -> Row:
+    """Compiles one task and times `steps` steps of it on one device, in each of the rounds.
+
+    `matmul` is the side of the matrices, and `copy` the megabytes of the array, that the two lower
+    bounds are measured with. `peer` times another program, once in every round, and returns its
+    seconds per step. Raises RuntimeError if anything was compiled after the first step.
+    """
+    mesh = sharding.make_mesh(data=1, fsdp=1)
+    with jax.set_mesh(mesh):
+        task = make(config, name, mesh)
+        compiled = compile_programs(task)
+        state, compiled_again, taken = task.step(task.state), 0, []
+        for _ in range(rounds):
+            # Beside each task, because the machine may be faster at one time than at another.
+            rates = chips.product_rate(matmul, config.model.dtype), chips.copy_rate(copy)
+            before = compilations()
+            seconds, state = chips.timed(task.step, state, steps)
+            compiled_again += compilations() - before
+            taken.append(Round(seconds, *rates, peer() if peer else None))
+    if compiled_again:
+        raise RuntimeError(f"{name}: {compiled_again} programs were compiled after the first step")
+    medians = [statistics.median(one.seconds) for one in taken]
+    seconds = statistics.median(medians)
+    held = speed.peak_memory(list(mesh.devices.flat))
+    floors = [task.work.flops / one.product for one in taken]
+    moves = [task.work.bytes / one.bandwidth for one in taken]
+    return Row(
+        task=name,
+        seconds_per_step=seconds,
+        round_seconds=tuple(medians),
+        peer_seconds=tuple(one.peer for one in taken if one.peer is not None),
+        tokens_per_second=task.tokens / seconds,
+        arithmetic_share=statistics.median(x / y for x, y in zip(floors, medians)),
+        memory_share=statistics.median(x / y for x, y in zip(moves, medians)),
+        gigaflops=task.work.flops / 1e9,
+        gigabytes=task.work.bytes / 1e9,
+        matmul_gflops=statistics.median(one.product for one in taken) / 1e9,
+        copy_gbytes=statistics.median(one.bandwidth for one in taken) / 1e9,
+        compilations=compiled_again,
+        compile_seconds=compiled.seconds,
+        program_megabytes=compiled.peak / 1e6,
+        device_megabytes=float("nan") if held is None else held / 1e6,
+        process_megabytes=_process_megabytes(),
+    )
+
+
+def _process_megabytes():
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes, else kilobytes
+
+
+def rounded(row: Any) -> dict[str, Any]:
+    """A record as JSON shows it: numbers with four digits, None for what is not known."""
+    return {name: _rounded(value) for name, value in row._asdict().items()}
+
+
+def _rounded(value):
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if value == value else None
+    return [_rounded(x) for x in value] if isinstance(value, list | tuple) else value

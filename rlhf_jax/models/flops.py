@@ -1,0 +1,128 @@
+"""Model FLOPs: the multiplications and additions that a transformer's definition asks for.
+
+They are counted from a model's `Config` and from its real tokens, and they do not depend on how a
+program computes them: rematerialisation, padding and the masked half of the attention matrix are
+work, but not model FLOPs. Divided by the time and by the peak rate of the devices they are the
+model-FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B, where each token
+attends to whole rows; here a token attends to itself and to what stands before it).
+
+A multiplication and an addition are 2 FLOPs. A forward pass is 2 per token for every weight of a
+matrix product, 4 per query head, feature and attended token in each layer, and 2 D V where logits
+are needed. A backward pass costs twice its forward pass. Left out are norms, activations, rotary
+angles, softmax, embedding lookups, scalar heads and the products of adapters, which are small.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rlhf_jax.models import partition, transformer
+from rlhf_jax.models.transformer import Config, Model
+
+
+def trunk_weights(c: Config) -> int:
+    """Entries of the matrices that every token is multiplied with: no embedding, head or norms."""
+    attention = 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads)
+    return c.num_layers * (attention + (3 if c.gated else 2) * c.d_model * c.d_ff)
+
+
+def forward(c: Config, tokens, attended, logits=0):
+    """FLOPs of a forward pass over `tokens`, with a vocabulary product at `logits` of them.
+
+    `attended` is the number of tokens attended to, summed over the tokens and over the layers: see
+    `attended_in_row` and `attended_in_rows`. The three may be numbers or traced scalars.
+    """
+    products = trunk_weights(c) * tokens + c.d_model * c.vocab_size * logits
+    return 2.0 * (products + 2.0 * c.num_heads * c.head_dim * attended)
+
+
+def attended_in_row(c: Config, first: int, last: int) -> int:
+    """Tokens that the positions [first, last) of one document attend to, over all layers."""
+    windowed = _windowed_layers(c)
+    everything = (last * (last + 1) - first * (first + 1)) // 2
+    if not windowed:
+        return c.num_layers * everything
+    local = sum(min(position + 1, c.window) for position in range(first, last))
+    return (c.num_layers - windowed) * everything + windowed * local
+
+
+def attended_in_rows(c: Config, attend: Int[Array, "B T"]) -> Float[Array, ""]:
+    """The same for rows of documents and padding (`attend` as in `transformer.hidden_states`)."""
+    real = (attend > 0).astype(jnp.float32)  # whose sums do not overflow as integers may
+    seen = (transformer.positions(attend) + 1) * real
+    windowed = _windowed_layers(c)
+    everything = (c.num_layers - windowed) * jnp.sum(seen)
+    return everything + windowed * jnp.sum(jnp.minimum(seen, c.window)) if windowed else everything
+
+
+def _windowed_layers(c: Config) -> int:
+    return 0 if c.window is None else sum(i not in c.full_layers for i in range(c.num_layers))
+
+
+def per_token(c: Config, length: int, training: bool = False) -> float:
+    """FLOPs per token of a language model on rows of `length` tokens: 2 N, or 6 N in training.
+
+    To these products with N weights, the head's included, comes the attention within the row.
+    """
+    row = forward(c, length, attended_in_row(c, 0, length), logits=length)
+    return (3.0 if training else 1.0) * row / length
+
+
+def of_update(trainable: dict, frozen: dict, attend: Int[Array, "*b T"]) -> Float[Array, ""]:
+    """FLOPs of one update of supervised training on rows [.., T].
+
+    A language model's logits are counted at every real token; a model with a scalar head has none,
+    unless it has a language-model head of its own.
+    """
+    rows = attend.reshape(-1, attend.shape[-1])
+    total = jnp.float32(0.0)
+    for name, model in _models(trainable, frozen).items():
+        speaks = "head" in model.weights or not transformer.has_score_head(model)
+        passes = _passes(name, trainable, frozen)
+        total += passes * _of_rows(model.config, rows, jnp.sum(rows > 0) * speaks)
+    return total
+
+
+def of_iteration(
+    trainable: dict,
+    frozen: dict,
+    attend: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+    num_epochs: int,
+) -> Float[Array, ""]:
+    """FLOPs of one iteration of an online algorithm on its rollout (`Rollout.attend` and `mask`).
+
+    The policy samples, which is one forward pass with the cache; every model reads the rows once;
+    the trained ones are updated in every epoch. Policy and reference need logits, at the sampled
+    tokens.
+    """
+    total = jnp.float32(0.0)
+    for name, model in _models(trainable, frozen).items():
+        speaks = name in ("policy", "reference")
+        passes = 1.0 + (name == "policy")
+        if name in trainable:
+            passes += num_epochs * _passes(name, trainable, frozen)
+        total += passes * _of_rows(model.config, attend, jnp.sum(mask) * speaks)
+    return total
+
+
+def _models(trainable: dict, frozen: dict) -> dict[str, Model]:
+    """Every model by name; a reward's parameters need not be one."""
+    params: dict[str, Any] = partition.combine(frozen, trainable)
+    return {name: model for name, model in params.items() if isinstance(model, Model)}
+
+
+def _passes(name: str, trainable: dict, frozen: dict) -> float:
+    """The cost of an update in forward passes. No gradient is needed of a frozen weight: the base
+    of an adapter only passes the gradient on, which is half of a backward pass."""
+    if name not in trainable:
+        return 1.0
+    return 2.0 if name in frozen else 3.0
+
+
+def _of_rows(c: Config, attend, logits) -> Float[Array, ""]:
+    tokens = jnp.sum(attend > 0).astype(jnp.float32)
+    return forward(c, tokens, attended_in_rows(c, attend), jnp.asarray(logits, jnp.float32))

@@ -1,0 +1,98 @@
+"""Folders of a run on a disk, or in a bucket: files are written whole, or line by line.
+
+A path such as `gs://bucket/runs/a` is an `etils.epath.Path`, any other a `pathlib.Path`; the two
+have the same methods. A bucket cannot rename, append or hold an empty folder, but what is put into
+it appears as a whole. So on a disk a file is written under another name and renamed, and in a
+bucket it is written at once; nothing but these functions knows which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+import time
+from types import TracebackType
+
+from etils import epath
+
+Path = pathlib.Path | epath.Path
+REWRITE_SECONDS = 30.0  # how often the lines of a file in a bucket are written again, at most
+
+
+def path(name: str | os.PathLike) -> Path:
+    """The path of a file or folder on a disk or in a bucket."""
+    return epath.Path(name) if in_bucket(name) else pathlib.Path(name)
+
+
+def in_bucket(name: str | os.PathLike) -> bool:
+    """Whether a path names something in a bucket, `gs://...` for example."""
+    return "://" in os.fspath(name)
+
+
+def absolute(name: str | os.PathLike) -> Path:
+    """The path without reference to the working directory."""
+    return path(name) if in_bucket(name) else pathlib.Path(name).absolute()
+
+
+def write(file: Path, content: str | bytes) -> None:
+    """Writes a file such that readers see its old or its new content, and never a part of one."""
+    content = content.encode() if isinstance(content, str) else content
+    if in_bucket(file):
+        file.write_bytes(content)
+        return
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder with all that is in it, if there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        folder.rmtree() if in_bucket(folder) else shutil.rmtree(folder)
+
+
+class Lines:
+    """A text file that grows by lines.
+
+    On a disk each line is written at once. A file in a bucket can only be replaced; that is done on
+    closing, and before that where the last time is `REWRITE_SECONDS` ago.
+    """
+
+    def __init__(self, file: Path):
+        self._file, self._opened, self._text = file, None, ""
+        if in_bucket(file):
+            self._text = file.read_text() if file.exists() else ""
+            self._written, self._when = self._text, time.monotonic()
+        else:
+            self._opened = file.open("a", encoding="utf-8")
+
+    def write(self, line: str) -> None:
+        """Adds a line, which ends in a line break."""
+        if self._opened is not None:
+            self._opened.write(line)
+            self._opened.flush()
+            return
+        self._text += line
+        if time.monotonic() - self._when >= REWRITE_SECONDS:
+            self._put()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._opened is not None:
+            self._opened.close()
+        elif self._text != self._written:
+            self._put()
+
+    def _put(self) -> None:
+        write(self._file, self._text)
+        self._written, self._when = self._text, time.monotonic()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
