@@ -23,7 +23,7 @@ from typing import Annotated, NamedTuple, NoReturn
 import jax
 import tyro
 
-from rlhf_jax import distributed, plan, processes, sharding, storage, workdir
+from rlhf_jax import allocator, distributed, plan, processes, sharding, storage, workdir
 from rlhf_jax.abstract import Program
 from rlhf_jax.config import Config
 from rlhf_jax.models.transformer import AS_CONFIGURED, Compute, Precision, Remat
@@ -73,6 +73,7 @@ def launch(
     On an error it prints one line to stderr, with `--debug` the traceback too, and exits
     (SystemExit) with a code of `Exit`.
     """
+    allocator.keep_freed_memory()
     try:
         flags = _parse(config, argv)
     except ValueError as error:  # of the configuration: tyro's own errors exit with the same code
@@ -172,6 +173,7 @@ def command(
     """
     # By default the usage would begin with the whole path of an installed program.
     about = {"prog": Path(sys.argv[0]).name, "description": inspect.cleandoc(description)}
+    allocator.keep_freed_memory()
     try:
         if isinstance(run, dict):
             return tyro.extras.subcommand_cli_from_dict(run, args=argv, **about)

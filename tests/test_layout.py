@@ -35,6 +35,7 @@ LAYERS = {
     "losses.py": 1,
     "advantages.py": 1,
     "sharding.py": 0,
+    "allocator.py": 0,
     "shards.py": 0,
     "chips.py": 0,
     "processes.py": 0,

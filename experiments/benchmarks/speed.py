@@ -13,8 +13,8 @@ On a machine with other load, compare the ratios of runs taken in turn, not seco
 such turns: each `TASK=COMMAND` (or `TASK,TASK=COMMAND`) is run once after our steps in every round.
 The command prints a line of JSON with `seconds_per_step`; the last one counts.
 
-On Linux CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1. The temporaries of a program are mapped
-anew at every call, and with pages of 4 kB a fifth of a training step goes into 290,000 page faults.
+On Linux CPUs the memory of a program's temporaries is kept from call to call, as `launch` does for
+every experiment (`rlhf_jax.allocator`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ import tyro
 import workloads
 from rich.console import Console
 from rich.table import Table
+
+from rlhf_jax import allocator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,4 +139,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()
     main(tyro.cli(Config, description=__doc__))

@@ -1,4 +1,9 @@
-"""Building blocks of a model: matrix products, linear layers and norms."""
+"""Building blocks of a model: matrix products, linear layers and norms.
+
+What is cheap to compute is computed again in the backward pass and not kept from the forward pass
+(`jax.checkpoint`): the norms and the gate of an MLP would keep as many bytes as their products, and
+on a CPU, bytes cost more than arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +63,13 @@ class RMSNorm(nn.Module):
     def __call__(self, x):
         start = nn.initializers.zeros if self.plus_one else nn.initializers.ones
         scale = self.param("scale", start, (x.shape[-1],), jnp.float32)
-        y = _divide_by_rms(x.astype(jnp.float32), self.eps)
-        return (y * (1 + scale if self.plus_one else scale)).astype(x.dtype)
+
+        @jax.checkpoint
+        def norm(x, scale):
+            y = _divide_by_rms(x.astype(jnp.float32), self.eps)
+            return (y * (1 + scale if self.plus_one else scale)).astype(x.dtype)
+
+        return norm(x, scale)
 
 
 class LayerNorm(nn.Module):
@@ -71,9 +81,14 @@ class LayerNorm(nn.Module):
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
-        y = x.astype(jnp.float32)
-        y = _divide_by_rms(y - jnp.mean(y, axis=-1, keepdims=True), self.eps)
-        return (y * scale + bias).astype(x.dtype)
+
+        @jax.checkpoint
+        def norm(x, scale, bias):
+            y = x.astype(jnp.float32)
+            y = _divide_by_rms(y - jnp.mean(y, axis=-1, keepdims=True), self.eps)
+            return (y * scale + bias).astype(x.dtype)
+
+        return norm(x, scale, bias)
 
 
 def _divide_by_rms(x, eps):

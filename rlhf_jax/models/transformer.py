@@ -208,8 +208,9 @@ class MLP(nn.Module):
 
         activation = layers.ACTIVATIONS[c.activation]
         if c.gated:
-            gate, up = hidden("gate"), hidden("up")
-            inner = activation(gate) * up
+            inner = jax.checkpoint(lambda gate, up: activation(gate) * up)(
+                hidden("gate"), hidden("up")
+            )
         else:
             inner = activation(hidden("up"))
         return layers.Linear(c.d_model, x.dtype, _residual_scale(c), c.mlp_bias, name="down")(inner)
