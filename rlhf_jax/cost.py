@@ -151,7 +151,9 @@ class _Count:
             return _custom(x, found)
         kind = x.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            return found._replace(collectives=(_collective(kind, x, computation),))
+            made = _collective(kind, x, computation)
+            # A group of one device transfers nothing: jax asks for those over an axis of size 1.
+            return found._replace(collectives=(made,) if made.group > 1 else ())
         return found
 
     def _loop(self, x: Instruction, computation: dict[str, Instruction]) -> Cost:

@@ -76,8 +76,11 @@ def read(text: str) -> Module:
         elif header := _HEADER.match(line):
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             current = None
+        elif current:  # an attribute of a kernel, which goes on over several lines
+            last = next(reversed(current))
+            current[last] = current[last]._replace(rest=current[last].rest + line)
     if not entry:
         raise ValueError("this is not the text of a compiled module: it has no ENTRY computation")
     return Module(computations, entry)

@@ -204,7 +204,9 @@ def over_vocabulary(fn: Callable, hidden, unembedding, tokens, *numbers):
     def on_shard(hidden, unembedding, tokens, *numbers):
         unembedding = unembedding.astype(hidden.dtype)
         if width:
-            unembedding = jax.lax.all_gather(unembedding, width, axis=0, tiled=True)
+            # On an axis of its own, so that its gradient is reduced and scattered in whole tiles.
+            unembedding = jax.lax.all_gather(unembedding, width, axis=0)
+            unembedding = unembedding.reshape(-1, unembedding.shape[-1])
         return fn(hidden, unembedding, tokens, *numbers, vocabulary=vocabulary)
 
     return jax.shard_map(

@@ -7,6 +7,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import tiny
 
 from rlhf_jax import evaluation, launch, sharding
 from rlhf_jax.algorithms import ppo, reward_model, sft
@@ -73,7 +74,7 @@ def test_the_quickstart_runs_writes_its_files_and_continues(
 
     # What `--plan` compiles is what was run: the same functions, with arguments of the same shapes.
     ran, mesh = set(called_programs.called), sharding.make_mesh(1, 1, 1)
-    planned = called_programs.of(quickstart.programs(small(quickstart.config), mesh))
+    planned = called_programs.of(quickstart.programs(small(quickstart.config), tiny.context(mesh)))
     assert ran == planned and len(ran) == 9
 
     # More iterations continue: SFT and the reward model are restored, not trained again.

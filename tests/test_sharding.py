@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax import sharding, shards
 from rlhf_jax.algorithms import reward_model, sft
 from rlhf_jax.data.batches import Comparisons, Demonstrations
-from rlhf_jax.models import lora, transformer
+from rlhf_jax.models import attention, lora, stacking, transformer
 from rlhf_jax.training import state
 
 CONFIG = transformer.Config(
     vocab_size=32,
-    num_layers=1,
+    num_layers=2,
     d_model=16,
     num_heads=4,
     num_kv_heads=2,
@@ -255,7 +255,7 @@ def gradients(models, demonstrations, comparisons):
 
     def one(loss, config, params, batch):
         (value, _), grads = jax.value_and_grad(loss, argnums=1, has_aux=True)(config, params, batch)
-        return value, jax.tree.map(jnp.linalg.norm, grads)
+        return value, jax.tree.map(jnp.linalg.norm, stacking.unstack_all(grads))
 
     return (
         one(sft.loss, sft.Config(), {"policy": models["policy"]}, demonstrations),
@@ -287,10 +287,29 @@ def one_device(models):
     return on_mesh((1, 1, 1), models)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_losses_and_gradients_are_those_of_one_device(sizes, models, one_device):
-    got = on_mesh(sizes, models)
+def check_same(got, one_device):
     assert got.keys() == one_device.keys()
     for name, want in one_device.items():
         assert want > 0, name
         np.testing.assert_allclose(got[name], want, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_losses_and_gradients_are_those_of_one_device(sizes, models, one_device):
+    check_same(on_mesh(sizes, models), one_device)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_they_are_with_layers_in_a_loop_and_attention_in_blocks(
+    sizes, models, one_device, monkeypatch
+):
+    monkeypatch.setitem(attention.LONG, "cpu", 1)
+    monkeypatch.setitem(attention.BLOCKS, "cpu", 4)
+    variants = {
+        name: stacking.stack(
+            dataclasses.replace(x, config=dataclasses.replace(x.config, remat="full"))
+        )
+        for name, x in models.items()
+    }
+    assert "layers" in variants["policy"].weights
+    check_same(on_mesh(sizes, variants), one_device)

@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 
-from rlhf_jax import sharding
+from rlhf_jax import launch, sharding, storage
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.data import batches, tokenizers
 from rlhf_jax.models import transformer
+from rlhf_jax.models.transformer import Compute
 from rlhf_jax.rewards import learned
 from rlhf_jax.sampling.decode import Sampling
 from rlhf_jax.training.loop import Runtime
@@ -54,6 +55,11 @@ def mesh(name="1x1x1"):
 def runtime(name="1x1x1", checkpoints=None):
     """A runtime on one of the meshes that prints nothing."""
     return Runtime(mesh(name), Log(quiet=True), checkpoints)
+
+
+def context(mesh, **compute):
+    """What `programs` of an experiment is given besides its configuration."""
+    return launch.Context(storage.path("."), Log(quiet=True), mesh, None, Compute(**compute))
 
 
 def model(name="1x1x1", seed=0):

@@ -117,8 +117,8 @@ def _is_matrix(path: tuple, array: Array) -> bool:
     return jnp.ndim(array) - stacking.is_stacked(path) > 1
 
 
-def master(x: Array) -> Array:
-    """A trained array in float32, and any array of whole numbers as it is."""
+def master(x: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
+    """A trained array (or its shape) in float32, and any array of whole numbers as it is."""
     return sharding.cast(x, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 

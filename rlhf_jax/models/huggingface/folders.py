@@ -84,14 +84,14 @@ def load(
     return transformer.Model(config, jax.tree.map_with_path(array_at, shapes))
 
 
-def shape(folder: str | pathlib.Path) -> transformer.Config:
+def shape(folder: str | pathlib.Path, dtype: str = "float32") -> transformer.Config:
     """The configuration of the model in a folder, of which only the config.json is read.
 
     Raises ValueError as `load` does for what that file says.
     """
     folder = pathlib.Path(folder)
     fields = files.read_config(folder)
-    return configurations.config_from(fields, str(folder / "config.json"), "float32")
+    return configurations.config_from(fields, str(folder / "config.json"), dtype)
 
 
 def _by_path(tree):
