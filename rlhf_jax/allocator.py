@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import platform
+from pathlib import Path
 
 import jax
 
 # Parameters of glibc's mallopt(3), from malloc.h.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 USERS_OWN = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_")
+ACCELERATORS = ("nvidia*", "kfd", "accel*", "vfio/[0-9]*")  # in /dev: GPUs, AMD's too, and TPUs
 
 
 def keep_freed_memory() -> bool:
@@ -19,13 +20,13 @@ def keep_freed_memory() -> bool:
 
     The CPU's compiled programs ask malloc for their temporaries, all in one piece, at every call.
     By default glibc maps such a piece anew each time, and the 150,000 to 275,000 page faults of a
-    training step are a seventh of its time. With this there are none after the first steps, at the
-    price of a process that never shrinks. Call it before jax is used, because threads that exist
-    keep the arena that they have. Nothing changes if the environment has settings of its own for
-    malloc (`USERS_OWN`), or where there may be an accelerator, whose host holds whole models for
-    a short time and should give that memory back.
+    training step are a seventh of its processor time. With this there are none once the heap has
+    found its size, which can be that of two such pieces, and which never shrinks.
+    Call it before jax is used, because threads that exist keep the arena that they have. Nothing
+    changes if the environment has settings of its own for malloc (`USERS_OWN`), or beside an
+    accelerator, whose host holds whole models for a short time and should give that memory back.
     """
-    accelerated = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    accelerated = any(any(Path("/dev").glob(name)) for name in ACCELERATORS)
     if accelerated and jax.config.jax_platforms != "cpu":
         return False
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in USERS_OWN):

@@ -14,18 +14,19 @@ import jax, jax.numpy as jnp
 
 @jax.jit
 def step(x):  # with a temporary of 64 MB
-    return jnp.sort(jnp.sin(jnp.broadcast_to(x, (4096, 4096))), axis=1).sum(axis=0)
+    return jnp.tanh(x @ x.T) @ x
 
-x = jnp.ones(4096)
-for _ in range(4):
+x, faults = jnp.ones((4096, 8)), []
+for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     x = step(x).block_until_ready()
-print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(kept, min(faults))
 """
 
 
 def faults(**environment):
-    """(whether memory is kept, page faults of the fourth step) of a new process."""
+    """(whether memory is kept, the fewest page faults of a step) of a new process."""
     own = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"} | environment
     found = subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -41,6 +42,6 @@ def faults(**environment):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
 def test_a_step_maps_no_memory_anew_unless_the_user_has_settings_of_their_own():
     kept, count = faults()
-    assert kept and count < 1000
+    assert kept and count < 100
     kept, count = faults(MALLOC_ARENA_MAX="8")
     assert not kept and count > 10_000  # 64 MB in pages of 4 kB are 16,384

@@ -1,13 +1,19 @@
 """Every implementation of attention against the plain one, and what each leaves in memory."""
 
+import dataclasses
 import functools
+import importlib.util
+import logging
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from rlhf_jax.models import attention, blockwise
+from rlhf_jax import plan, sharding, shards
+from rlhf_jax.models import attention, blockwise, transformer
 
 B, T, WIDTH = 4, 200, 16
 KERNELS = {
@@ -82,15 +88,143 @@ def test_every_implementation_is_the_plain_one_in_value_and_gradient(kernel, cas
     def other(*arrays):
         return KERNELS[kernel](*arrays, jnp.asarray(documents), scale=0.3, **options)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def both(function, arrays, change):
-        out, pull = jax.vjp(function, *arrays)
-        return out, pull(change)
-
-    want, want_gradients = both(plain, arrays, change)
-    got, gradients = both(other, arrays, change)
+    want, want_gradients = value_and_gradients(plain, arrays, change)
+    got, gradients = value_and_gradients(other, arrays, change)
     assert jnp.all(jnp.isfinite(got))
     real = np.broadcast_to((documents > 0)[:, None], got.shape[:3])
     np.testing.assert_allclose(got[real], want[real], atol=1e-5)
     for g, w in zip(gradients, want_gradients):
         np.testing.assert_allclose(g, w, atol=2e-5)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(function, arrays, change):
+    out, pull = jax.vjp(function, *arrays)
+    return out, pull(change)
+
+
+def test_in_bfloat16_blocks_round_as_the_whole_matrix_does():
+    documents = jnp.asarray(packed())
+    mask = jnp.asarray(mask_of(packed(), None))
+    *arrays, change = draw(4, 2)
+    exact, exact_gradients = value_and_gradients(
+        lambda *x: attention.plain(*x, mask, scale=0.3), arrays, change
+    )
+    *arrays, change = draw(4, 2, dtype=jnp.bfloat16)
+    got, gradients = value_and_gradients(
+        lambda *x: blockwise.attend(*x, documents, scale=0.3, block=64), arrays, change
+    )
+    want, want_gradients = value_and_gradients(
+        lambda *x: attention.plain(*x, mask, scale=0.3), arrays, change
+    )
+
+    def error(found, truth):
+        return float(jnp.linalg.norm(found - truth) / jnp.linalg.norm(truth))
+
+    for found, whole, truth in zip(
+        (got, *gradients), (want, *want_gradients), (exact, *exact_gradients)
+    ):
+        assert found.dtype == jnp.bfloat16
+        assert error(found, truth) < 1.2 * error(whole, truth) < 0.02
+
+
+@pytest.mark.parametrize(
+    "window, visits",
+    [
+        (None, [(0, 0), (4, 0), (4, 4), (8, 0), (8, 4), (8, 8)]),  # the diagonal, and below
+        (5, [(0, 0), (4, 0), (4, 4), (8, 4), (8, 8)]),  # 8 sees back to 4
+        (6, [(0, 0), (4, 0), (4, 4), (8, 0), (8, 4), (8, 8)]),  # 8 sees back to 3
+        (1, [(0, 0), (4, 4), (8, 8)]),
+    ],
+)
+def test_blocks_that_no_query_sees_are_not_visited(window, visits):
+    form = blockwise.Form(1.0, None, window, 4)
+    assert [tuple(x) for x in blockwise._schedule(12, form).tolist()] == visits
+
+
+@pytest.mark.parametrize("mesh", ["2x2x2", "1x2x4"])
+def test_on_several_devices_each_attends_to_its_own_rows_and_heads(mesh):
+    """With four devices along tensor, the two heads of keys are repeated for two devices each."""
+    documents = jnp.asarray(packed())
+    *arrays, change = draw(4, 2)
+    kernel = functools.partial(blockwise.attend, scale=0.3, block=64)
+    want, want_gradients = value_and_gradients(lambda *x: kernel(*x, documents), arrays, change)
+
+    def split(*arrays):
+        return shards.per_shard(kernel, *map(shards.constrain_heads, arrays), documents)
+
+    with jax.set_mesh(tiny.mesh(mesh)):
+        got, gradients = value_and_gradients(split, arrays, change)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    for g, w in zip(gradients, want_gradients):
+        np.testing.assert_allclose(g, w, atol=2e-5)
+
+
+def test_the_implementation_follows_from_platform_length_and_case(caplog):
+    def chosen(platform, length=1024, head_dim=64, dtype="bfloat16", softcap=None):
+        return attention.choose(platform, length, head_dim, dtype, softcap)
+
+    assert {chosen(platform, length=32) for platform in ("cpu", "gpu", "tpu")} == {"plain"}
+    assert chosen("cpu") == "blockwise"
+    assert chosen("tpu") == chosen("tpu", dtype="float32", softcap=50.0) == "splash"
+    assert chosen("gpu") == "cudnn" and not caplog.records
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert chosen("gpu", dtype="float32") == "blockwise"
+            assert chosen("gpu", head_dim=20, softcap=50.0) == "blockwise"
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention is computed blockwise in jax, because cuDNN has no float32",
+        "attention is computed blockwise in jax, because cuDNN has no soft cap and has no heads of "
+        "width 20",
+    ]
+
+
+SHAPE = transformer.Config(
+    vocab_size=64,
+    num_layers=2,
+    d_model=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    d_ff=128,
+    max_length=8192,
+    window=1024,
+    full_layers=(1,),
+    attention_softcap=50.0,
+)
+
+
+def training_step(shape, mesh, rows, length):
+    """The lowered gradient of a sum of hidden states; nothing is computed."""
+    model = jax.eval_shape(functools.partial(transformer.init, shape), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+    def loss(model, tokens, attend):
+        return jnp.sum(transformer.hidden_states(model, tokens, attend).astype(jnp.float32))
+
+    shardings = (sharding.tree(mesh, model), sharding.rows(mesh), sharding.rows(mesh))
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.grad(loss), in_shardings=shardings).trace(model, tokens, tokens)
+        return traced.lower(lowering_platforms=(shards.platform(),))
+
+
+def test_training_holds_no_array_of_queries_times_keys():
+    length = 8192
+    lowered = training_step(SHAPE, tiny.mesh(), 1, length)
+    sizes = [
+        np.prod([int(n) for n in shape.split("x")[:-1]])
+        for shape in re.findall(r"tensor<((?:\d+x)+[a-z]\w*)>", lowered.as_text())
+    ]
+    assert length * 128 in sizes  # the hidden states: the search finds arrays
+    assert max(sizes) < length * length / 16
+    # All temporaries together are smaller than the weights of one head of one layer would be.
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 4 * length * length
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [plan]")
+def test_a_transformer_compiles_with_splash_attention_for_a_tpu_slice():
+    """Windows, soft caps and grouped queries, forward and backward, split over rows and heads."""
+    mesh = sharding.make_mesh(fsdp=2, tensor=2, devices=plan.topology("v5e:2x2"))
+    lowered = training_step(dataclasses.replace(SHAPE, dtype="bfloat16"), mesh, 2, 500)
+    text = lowered.compile({"exec_time_optimization_effort": -1.0}).as_text()
+    assert all(f"splash_mha_{part}" in text for part in ("fwd", "dq", "dkv"))
