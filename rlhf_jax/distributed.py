@@ -74,7 +74,8 @@ def start(flags: Flags) -> None:
                 shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             )
         except ValueError as error:  # jax finds no address, or no numbers
-            if flags.coordinator is None and _environment() == CLOUD_TPU:
+            alone = "," not in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+            if flags.coordinator is None and _environment() == CLOUD_TPU and alone:
                 return  # a TPU that belongs to no pod
             raise ValueError(
                 f"jax does not find the other processes ({_first_line(error)}); name them by "
@@ -83,6 +84,8 @@ def start(flags: Flags) -> None:
             ) from error
         except RuntimeError as error:
             if "before any JAX" in str(error):
+                if flags.coordinator is None and _environment() == CLOUD_TPU:
+                    return  # as in a notebook; the TPU itself knows the other hosts
                 raise ValueError(
                     "devices have been used already, so that the processes cannot be joined any "
                     "more; call launch, or jax.distributed.initialize, before anything else"
@@ -133,6 +136,8 @@ def fail(code: int) -> None:
 
 
 def _check(flags: Flags) -> None:
+    if flags.timeout < 1:
+        raise ValueError(f"--coordinator-timeout {flags.timeout} must be at least 1 second")
     named = (flags.num_processes, flags.process_id)
     if flags.coordinator is None:
         if flags.process_id is not None or flags.num_processes not in (None, 1):

@@ -162,10 +162,11 @@ def trip_count(module: Module, x: Instruction, computation: dict[str, Instructio
     entry, end = counter[0], limit[1] if limit[0] is None else initial(limit[0])
     last = root(body)
     step = _affine(module, body, last.operands[entry], {}) if last.opcode == "tuple" else None
-    step = step[1] if step and step[0] == entry and step[1] > 0 else 1
-    if end is None:
+    step = step[1] if step and step[0] == entry and step[1] > 0 else None
+    begin = initial(entry)
+    if end is None or begin is None or step is None:
         return None
-    return -(-(end - counter[1] - (initial(entry) or 0)) // step)
+    return -(-(end - counter[1] - begin) // step)
 
 
 def root(computation: dict[str, Instruction]) -> Instruction:

@@ -98,7 +98,9 @@ def _launch(run: Callable, flags) -> dict:
     )
     context, described = processes.everywhere(lambda: _prepare(run, flags))
     folder, log, mesh = context.workdir, context.log, context.mesh
-    distributed.check_same(described | {"mesh": dict(mesh.shape)})
+    # What makes other programs, and would leave the processes waiting for each other.
+    compiled = {"mesh": dict(mesh.shape), "compute": context.compute._asdict()}
+    distributed.check_same(described | compiled)
     summary = processes.first(lambda: workdir.compare(folder, described))
     if summary is not None:
         log.print(f"{folder} is finished; nothing to train")

@@ -408,6 +408,7 @@ def run(
         given = sharding.place(mesh, {"reference": policy, "scorer": scorer, **bases})
         trained, frozen = loop.arranged(mesh, sharding.place(mesh, trainable), given)
         state = sharding.initialise(mesh, init_state, config, algorithm.memory, trained)
+        del trained  # the state holds a copy
         programs = compile_programs(algorithm, drawing, score, mesh, state, frozen)
         host_scores = functools.partial(host.scores, reward, tokenizer, prompts.examples)
         host_scores = host_scores if reward else None

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from jax.interpreters import partial_eval
 
-from rlhf_jax import cost, hlo, sharding
+from rlhf_jax import chips, cost, hlo, sharding
 from rlhf_jax.abstract import Program
 from rlhf_jax.cost import Collective, Cost
 
@@ -37,27 +37,28 @@ EFFORT = -1.0
 
 
 class Chip(NamedTuple):
-    """One chip of a TPU. Rates are per second and the most that the chip can do."""
+    """One chip of a TPU in its slice; `chips` has its peak figures."""
 
-    name: str  # as jax's `device_kind` says
-    hbm: float  # bytes that the compiler lets a program use; it states them where one does not fit
-    flops: float  # of bfloat16 products
-    bandwidth: float  # bytes of HBM
-    links: float  # bytes that a chip receives from its neighbours, over all of its links together
+    kind: str  # jax's `device_kind`
+    links: float  # bytes per second from its neighbours, over all of its links together
     dims: int  # of the torus that a slice is
     settings: dict[str, str]  # for the compiler
 
+    @property
+    def peak(self) -> chips.Chip:
+        """Its memory and rates."""
+        return chips.CHIPS[self.kind]
 
-# hbm: from the message "... exceeds available HBM (15.75G)" of libtpu 0.0.42. The others are those
-# of the page of each chip in Google Cloud's TPU documentation ("TPU v4", "TPU v5e", "TPU v5p",
-# "TPU v6e"), where v5e's links are "Interchip Interconnect BW 1600 Gbps", v5p's 4800 Gbps and v6e's
-# 3584 Gbps; newer versions of the pages give both directions together, as bytes, and round. For
-# v4's links the page names none: 6 links of 50 GB/s are from arXiv:2304.01433, table 4.
+
+# links: of the page of each chip in Google Cloud's TPU documentation ("TPU v5e", "TPU v5p",
+# "TPU v6e"): v5e's are "Interchip Interconnect BW 1600 Gbps", v5p's 4800 Gbps and v6e's 3584 Gbps;
+# newer versions of the pages give both directions together, as bytes, and round. For v4 the page
+# names none: 6 links of 50 GB/s are from arXiv:2304.01433, table 4.
 CHIPS = {
-    "v4": Chip("TPU v4", 30.75 * GIB, 275e12, 1200e9, 300e9, 3, {"chip_config_name": "megacore"}),
-    "v5e": Chip("TPU v5 lite", 15.75 * GIB, 197e12, 819e9, 200e9, 2, {}),
-    "v5p": Chip("TPU v5", 95.74 * GIB, 459e12, 2765e9, 600e9, 3, {}),
-    "v6e": Chip("TPU v6 lite", 31.25 * GIB, 918e12, 1640e9, 448e9, 2, {}),
+    "v4": Chip("TPU v4", 300e9, 3, {"chip_config_name": "megacore"}),
+    "v5e": Chip("TPU v5 lite", 200e9, 2, {}),
+    "v5p": Chip("TPU v5", 600e9, 3, {}),
+    "v6e": Chip("TPU v6 lite", 448e9, 2, {}),
 }
 SLICES = {
     2: ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -134,7 +135,7 @@ def _unknown(name: str, error: Exception | None = None) -> NoReturn:
 def chip_of(mesh: jax.sharding.Mesh) -> Chip:
     """The chip that a mesh of `topology` devices is made of."""
     kind = mesh.devices.flat[0].device_kind
-    return next(chip for chip in CHIPS.values() if chip.name == kind)
+    return next(chip for chip in CHIPS.values() if chip.kind == kind)
 
 
 @contextlib.contextmanager
@@ -286,10 +287,10 @@ def report(
     """
     chip = chip_of(mesh)
     sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    show(f"{title}: {mesh.devices.size} x {chip.name}, mesh {sizes}, compiler effort {EFFORT:g}")
+    show(f"{title}: {mesh.devices.size} x {chip.kind}, mesh {sizes}, compiler effort {EFFORT:g}")
     show(
-        f"of one chip: {chip.hbm / GIB:g} GiB of HBM, {chip.flops / 1e12:g} TFLOP/s in bfloat16, "
-        f"{chip.bandwidth / 1e9:g} GB/s of HBM, {chip.links / 1e9:g} GB/s between chips\n"
+        f"of one chip: {chip.peak.hbm / GIB:g} GiB of HBM, {chip.peak.flops / 1e12:g} TFLOP/s in bfloat16, "
+        f"{chip.peak.bandwidth / 1e9:g} GB/s of HBM, {chip.links / 1e9:g} GB/s between chips\n"
     )
     rows = []
     for line in header():
@@ -304,10 +305,11 @@ def report(
         for broken in row.broken:
             show(f"{row.program.name}: {broken}")
     largest = max(rows, key=lambda row: row.total)
-    most = f"{largest.program.name} holds {_gib(largest.total)} of {_gib(chip.hbm)} GiB"
-    failed = [row for row in rows if row.total > chip.hbm]
+    most = f"{largest.program.name} holds {_gib(largest.total)} of {_gib(chip.peak.hbm)} GiB"
+    failed = [row for row in rows if row.total > chip.peak.hbm]
     if not failed:
-        show(f"fits: {most}")
+        count = sum(len(row.broken) for row in rows)
+        show(f"fits: {most}" + (f", but {count} transfers break a rule (above)" if count else ""))
         return None
     for row in failed:
         show(f"{row.program.name} does not fit: {'; '.join(remedies(row, mesh))}")
@@ -337,7 +339,12 @@ def header() -> list[str]:
 
 def line_of(row: Row, chip: Chip) -> str:
     """The line of a program in the table."""
-    memory = [_gib(row.alone), _gib(row.elsewhere), _gib(row.total), f"{row.total / chip.hbm:.0%}"]
+    memory = [
+        _gib(row.alone),
+        _gib(row.elsewhere),
+        _gib(row.total),
+        f"{row.total / chip.peak.hbm:.0%}",
+    ]
     found, program = row.cost, row.program
     if found is None:
         work = ["-"] * 6
@@ -354,8 +361,8 @@ def line_of(row: Row, chip: Chip) -> str:
             f"{found.flops / 1e12:.3g}{unknown}",
             f"{found.bytes / 1e9:.3g}{unknown}",
             listed or "none",
-            f"{found.flops / chip.flops:.3g}",
-            f"{found.bytes / chip.bandwidth:.3g}",
+            f"{found.flops / chip.peak.flops:.3g}",
+            f"{found.bytes / chip.peak.bandwidth:.3g}",
             f"{received / chip.links:.3g}",
         ]
     seconds = f"{row.seconds:.0f}" if program.function else "-"

@@ -146,7 +146,7 @@ def take_part(parts, index):
 
 
 def _divided(mesh: AbstractMesh, spec: P) -> list[str | None]:
-    """The axes of a spec; None for those of one device, over which nothing is to be exchanged."""
+    """The axes of a spec; None where an axis has size 1, because nothing is exchanged over it."""
     return [axis if axis and mesh.shape[axis] > 1 else None for axis in spec]
 
 
@@ -188,26 +188,27 @@ def lookup(table, ids, dtype, name: str = "embed/embedding", decoding: bool = Fa
     )(table, ids)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather(axis: str, x):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(axis: str, dtype, x):
     """The shards [n, ...] of all devices on an axis, joined; the gradient goes back to each.
 
-    jax would reduce and scatter the gradient in its own type, and a TPU's compiler may reduce all
-    of it on every device, which moves twice as many bytes. Here each device receives its part from
-    every other, and adds them up in float32.
+    What is exchanged has the type `dtype`. The result has that of `x`, as float32 masters do, so
+    that a loop that uses it adds up its gradient in that type. jax would then reduce and scatter
+    the gradient, and a TPU's compiler may reduce all of it on every device, which moves twice as
+    many bytes. Here each device receives its part from every other, and adds them up.
     """
-    return jax.lax.all_gather(x, axis, axis=0, tiled=True)
+    return jax.lax.all_gather(x.astype(dtype), axis, axis=0, tiled=True).astype(x.dtype)
 
 
-def _gather_forward(axis, x):
-    return _gather(axis, x), None
+def _gather_forward(axis, dtype, x):
+    return _gather(axis, dtype, x), None
 
 
-def _gather_backward(axis, _, gradient):
+def _gather_backward(axis, dtype, _, gradient):
     size = jax.lax.axis_size(axis)
-    parts = gradient.reshape(size, -1, *gradient.shape[1:])
+    parts = gradient.astype(dtype).reshape(size, -1, *gradient.shape[1:])
     parts = jax.lax.all_to_all(parts, axis, split_axis=0, concat_axis=0)
-    return (jnp.sum(parts.astype(jnp.float32), axis=0).astype(gradient.dtype),)
+    return (jnp.sum(parts.astype(gradient.dtype), axis=0),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
@@ -228,9 +229,8 @@ def over_vocabulary(fn: Callable, hidden, unembedding, tokens, *numbers):
     width, vocabulary = _divided(mesh, sharding.spec_for(mesh, "head/kernel", unembedding.shape))
 
     def on_shard(hidden, unembedding, tokens, *numbers):
-        unembedding = unembedding.astype(hidden.dtype)
         if width:
-            unembedding = _gather(width, unembedding)
+            unembedding = _gather(width, hidden.dtype, unembedding)
         return fn(hidden, unembedding, tokens, *numbers, vocabulary=vocabulary)
 
     return jax.shard_map(

@@ -57,7 +57,7 @@ class Lines:
     """A text file that grows by lines.
 
     On a disk each line is written at once. A file in a bucket can only be replaced; that is done on
-    closing, and before that where the last time is `REWRITE_SECONDS` ago.
+    closing, by `flush`, and where the last time is `REWRITE_SECONDS` ago.
     """
 
     def __init__(self, file: Path):
@@ -78,12 +78,16 @@ class Lines:
         if time.monotonic() - self._when >= REWRITE_SECONDS:
             self._put()
 
+    def flush(self) -> None:
+        """Writes what is not yet in the file."""
+        if self._opened is None and self._text != self._written:
+            self._put()
+
     def close(self) -> None:
         """Writes what is left."""
+        self.flush()
         if self._opened is not None:
             self._opened.close()
-        elif self._text != self._written:
-            self._put()
 
     def _put(self) -> None:
         write(self._file, self._text)

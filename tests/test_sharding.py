@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax import sharding, shards
+from rlhf_jax import losses, sharding, shards
 from rlhf_jax.algorithms import reward_model, sft
 from rlhf_jax.data.batches import Comparisons, Demonstrations
 from rlhf_jax.models import attention, lora, stacking, transformer
@@ -313,3 +313,23 @@ def test_they_are_with_layers_in_a_loop_and_attention_in_blocks(
     }
     assert "layers" in variants["policy"].weights
     check_same(on_mesh(sizes, variants), one_device)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (1, 2, 4)], ids=str)
+def test_the_gradient_of_a_bfloat16_head_does_not_depend_on_the_number_of_chunks(sizes):
+    """Each chunk adds to it, in float32; sums of 64 bfloat16 numbers would be off by a percent."""
+    rng = np.random.default_rng(2)
+    hidden = jnp.asarray(rng.normal(size=(8, 64, 16)), jnp.bfloat16)
+    head = jnp.asarray(rng.normal(size=(16, 32)), jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, 32, (8, 64)))
+
+    def gradient(chunk_bytes):
+        def loss(head):
+            chunked = functools.partial(losses.chunked_token_logprobs, chunk_bytes=chunk_bytes)
+            return jnp.sum(shards.over_vocabulary(chunked, hidden, head, tokens)[0])
+
+        with jax.set_mesh(sharding.make_mesh(*sizes)):
+            return jax.jit(jax.grad(loss))(head)
+
+    one, many = gradient(2**30), gradient(1)  # all positions at once, and one by one
+    assert jnp.linalg.norm(one - many) < 4e-3 * jnp.linalg.norm(one)

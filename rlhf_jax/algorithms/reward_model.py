@@ -68,7 +68,7 @@ def score_batch(scorer: Model, batch: Comparisons, micro_batches: int = 1) -> Fl
 
     # All responses of a prompt as one row, so that a slice of rows holds whole prompts.
     rows = (x.reshape(prompts, responses * length) for x in (batch.tokens, batch.attend))
-    recompute = scorer.config.remat == "none"
+    recompute = heads.must_recompute(scorer)
     scores = heads.map_rows(forward, micro_batches, *rows, recompute=recompute)
     return jnp.where(batch.present > 0, scores, 0.0)
 

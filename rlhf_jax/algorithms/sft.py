@@ -50,7 +50,7 @@ def loss(config: Config, params: dict, batch: Demonstrations):
         config.micro_batches,
         batch.tokens,
         batch.attend,
-        recompute=policy.config.remat == "none",
+        recompute=heads.must_recompute(policy),
     )
     value = losses.masked_mean(-logprobs, batch.mask)
     metrics = {

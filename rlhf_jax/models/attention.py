@@ -68,6 +68,8 @@ def attend(
     arguments = {"scale": scale, "softcap": softcap, "window": window}
     if name == "blockwise":
         arguments["block"] = BLOCKS.get(platform, OTHER_BLOCK)
+    if name == "cudnn":
+        del arguments["softcap"]  # None: see `choose`
     kernel = {"blockwise": blockwise.attend, "splash": splash, "cudnn": cudnn}[name]
     kernel = functools.partial(kernel, **arguments)
     return shards.per_shard(kernel, query, keys, values, inputs.documents)
@@ -179,7 +181,6 @@ def cudnn(
     documents: Int[Array, "B T"],
     *,
     scale: float,
-    softcap: float | None = None,
     window: int | None = None,
     implementation: str = "cudnn",
 ) -> Float[Array, "B H T Dh"]:
@@ -217,8 +218,6 @@ def cudnn(
         return rolled(out, -first).swapaxes(1, 2)
 
     def by_blocks(*arrays):
-        return blockwise.attend(
-            *arrays, documents, scale=scale, window=window, softcap=softcap, block=OTHER_BLOCK
-        )
+        return blockwise.attend(*arrays, documents, scale=scale, window=window, block=OTHER_BLOCK)
 
     return jax.lax.cond(one_document, by_cudnn, by_blocks, query, keys, values)

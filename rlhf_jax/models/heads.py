@@ -21,8 +21,8 @@ def map_rows(fn: Callable, micro_batches: int, *arrays, recompute: bool = True):
     """`fn(*arrays)`, computed on `micro_batches` slices of the rows one after the other.
 
     This divides the memory of the activations by `micro_batches`; the backward pass computes the
-    forward pass of each slice again. `recompute=False` is for functions whose layers are computed
-    again by themselves (`Config.remat`): the little that they keep is then kept. The outputs of all
+    forward pass of each slice again. `recompute=False` (see `must_recompute`) is for functions
+    that keep little by themselves: it is then kept. The outputs of all
     slices are joined to [B, ...] before a loss is computed, so any loss, however it is reduced, is
     exactly that of the whole batch. Each slice takes every `micro_batches`-th row, so that rows
     split over devices stay split.
@@ -43,6 +43,15 @@ def map_rows(fn: Callable, micro_batches: int, *arrays, recompute: bool = True):
     one_slice = jax.checkpoint(fn) if recompute else fn
     slices = tuple(cut(x) for x in arrays)
     return jax.tree.map(join, jax.lax.map(lambda piece: one_slice(*piece), slices))
+
+
+def must_recompute(*models: Model) -> bool:
+    """Whether a slice of `map_rows` that these models read is to be computed again.
+
+    Not where all of their layers are computed again as a whole (`remat="full"`), because that would
+    be a third forward pass.
+    """
+    return any(model.config.remat != "full" for model in models)
 
 
 @functools.partial(transformer.jit, static_argnames="start")

@@ -52,14 +52,15 @@ def combine(frozen: dict[str, Any], trainable: dict[str, Any]) -> dict[str, Any]
 def in_compute_type(models: dict[str, Any]) -> dict[str, Any]:
     """Frozen models with their matrices in the type of their products.
 
-    Products would round them to that type anyway, so no number changes. Norms, biases and the
-    scalar head, which are used in float32, stay as they are, and so does what is no `Model`. Arrays
-    that several models share are still shared afterwards. The models may be of shapes.
+    Products would round them to that type anyway, so no number changes; nothing is made larger.
+    Norms, biases and the scalar head, which are used in float32, stay as they are, and so does what
+    is no `Model`. Arrays that several models share are still shared afterwards. The models may be
+    of shapes.
     """
     done = {}
 
     def cast(dtype, path, x):
-        if x.ndim < 2 or x.dtype == dtype or path[0].key == "score":
+        if x.ndim < 2 or x.dtype.itemsize <= dtype.itemsize or path[0].key == "score":
             return x
         if id(x) not in done:
             done[id(x)] = sharding.cast(x, dtype)

@@ -117,11 +117,14 @@ def split_names(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def join_names(separate: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `split_names`: the arrays under the names of `like`, stacked as these are."""
+    """The inverse of `split_names`: the arrays under the names of `like`, stacked as these are.
+
+    `separate` is emptied, so that its arrays are freed as soon as they are joined.
+    """
     joined = {}
     for name in like:
         layers = _layer_names(name, like)
-        joined[name] = _join([separate[x] for x in layers]) if layers else separate[name]
+        joined[name] = _join([separate.pop(x) for x in layers]) if layers else separate.pop(name)
     return joined
 
 

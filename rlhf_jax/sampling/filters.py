@@ -17,10 +17,10 @@ SHARDS = 8  # so many shards of the vocabulary hold whole blocks, and so do 4 an
 
 
 def in_blocks(x: Float[Array, "B V"]) -> Float[Array, "B n W"]:
-    """The vocabulary in n blocks of W tokens, where n and W are near sqrt(V). 0 after the last.
+    """The vocabulary in n blocks of W tokens. 0 after the last.
 
-    W divides V / 8, so that no block lies on two of up to eight shards. A vocabulary that 8 does
-    not divide is padded to blocks of a power of two.
+    W is the divisor of V / 8 that is nearest to sqrt(V), so that no block lies on two of up to
+    eight shards. A vocabulary that 8 does not divide is padded to blocks of a power of two.
     """
     size = x.shape[-1]
     if size % SHARDS:

@@ -92,7 +92,7 @@ def forward(
             hidden = transformer.hidden_states(critic, tokens, attend)
         return Outputs(logprobs, heads.token_values(critic, hidden), entropy)
 
-    recompute = policy.config.remat == "none"
+    recompute = heads.must_recompute(policy, params.get("critic", policy))
     return heads.map_rows(of_rows, micro_batches, tokens, attend, recompute=recompute)
 
 

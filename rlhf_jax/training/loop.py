@@ -173,6 +173,7 @@ def fit(
         given = {**bases, **sharding.place(runtime.mesh, frozen or {})}
         trained, frozen = arranged(runtime.mesh, trainable, given)
         state = sharding.initialise(runtime.mesh, init_state, config, trained)
+        del trained  # the state holds a copy
         program = supervised_program(loss_fn, runtime.mesh, state, frozen)
 
         def step(state, batch):
@@ -196,7 +197,7 @@ def arranged(mesh: jax.sharding.Mesh, trainable: dict, frozen: dict) -> tuple[di
 
     Layers are stacked where training wants that. What is trained is float32, whatever it was stored
     in, because updates are often smaller than the spacing of bfloat16. The matrices of frozen
-    models have the type of their products, which halves their memory and changes no number.
+    models have the type of their products, which changes no number: programs read half as much.
     """
     masters = jax.tree.map(training.master, trainable)
     return (

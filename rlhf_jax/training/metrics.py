@@ -194,6 +194,8 @@ class Stage:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._convert(*pending, check=self._check)
+        if self._file is not None:
+            self._file.flush()
 
     def __exit__(self, kind, error, trace) -> None:
         try:
