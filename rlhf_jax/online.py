@@ -410,8 +410,7 @@ def run(
         state = sharding.initialise(mesh, init_state, config, algorithm.memory, trained)
         del trained  # the state holds a copy
         programs = compile_programs(algorithm, drawing, score, mesh, state, frozen)
-        host_scores = functools.partial(host.scores, reward, tokenizer, prompts.examples)
-        host_scores = host_scores if reward else None
+        host_scores = reward and functools.partial(host.scores, reward, tokenizer, prompts.examples)
 
         def figures(done: int, state: State) -> dict[str, float]:
             return evaluate(done, loop.models_of(given, state.train)["policy"])

@@ -286,11 +286,12 @@ def report(
     Returns why they do not fit, None where they do.
     """
     chip = chip_of(mesh)
+    peak = chip.peak
     sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     show(f"{title}: {mesh.devices.size} x {chip.kind}, mesh {sizes}, compiler effort {EFFORT:g}")
     show(
-        f"of one chip: {chip.peak.hbm / GIB:g} GiB of HBM, {chip.peak.flops / 1e12:g} TFLOP/s in bfloat16, "
-        f"{chip.peak.bandwidth / 1e9:g} GB/s of HBM, {chip.links / 1e9:g} GB/s between chips\n"
+        f"of one chip: {peak.hbm / GIB:g} GiB of HBM, {peak.flops / 1e12:g} TFLOP/s in bfloat16, "
+        f"{peak.bandwidth / 1e9:g} GB/s of HBM, {chip.links / 1e9:g} GB/s between chips\n"
     )
     rows = []
     for line in header():
