@@ -9,6 +9,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Importing the package would keep compiled programs in the home folder. No test may depend on what
 # another run of the tests has left there; `compile_cache` keeps them for one module of tests.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# A process of tests runs hundreds of programs and must give the memory of each back. With a setting
+# of the user's own, `allocator.keep_freed_memory` does nothing.
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**27))
 
 import functools
 import importlib.util
