@@ -175,3 +175,23 @@ def test_training_reports_its_model_flops_and_their_share_of_the_machines_rate()
     assert line["model_flops_utilisation"] == pytest.approx(share)
     assert line["tokens_per_second_per_device"] == line["tokens_per_second"] / 8
     assert "device_memory_gib" not in line  # CPUs do not tell
+
+
+def test_a_model_of_eight_billion_weights_does_not_overflow():
+    shape = transformer.Config(
+        vocab_size=128256,
+        num_layers=32,
+        d_model=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        d_ff=14336,
+    )
+    trained = {"policy": jax.eval_shape(lambda: transformer.init(shape, jax.random.key(0)))}
+    attend = jnp.ones((1, 2048), jnp.int32)
+    # 8.03 billion weights less the embedding's 0.53, 6 for each token, and 4 per feature of a
+    # query head and attended token, three times.
+    products = 6 * 2048 * (8.03e9 - 128256 * 4096)
+    pairs = 3 * 4 * 32 * 4096 * 2048 * 2049 / 2
+    found = jax.jit(lambda attend: flops.of_update(trained, {}, attend))(attend)
+    assert float(found) == pytest.approx(products + pairs, rel=2e-3)

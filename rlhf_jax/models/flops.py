@@ -35,7 +35,8 @@ def forward(c: Config, tokens, attended, logits=0):
     `attended` is the number of tokens attended to, summed over the tokens and over the layers: see
     `attended_in_row` and `attended_in_rows`. The three may be numbers or traced scalars.
     """
-    products = trunk_weights(c) * tokens + c.d_model * c.vocab_size * logits
+    # Real numbers, because the weights of a large model overflow jax's integers.
+    products = float(trunk_weights(c)) * tokens + float(c.d_model * c.vocab_size) * logits
     return 2.0 * (products + 2.0 * c.num_heads * c.head_dim * attended)
 
 
