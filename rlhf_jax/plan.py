@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.interpreters import partial_eval
 
 from rlhf_jax import chips, cost, hlo, sharding
@@ -146,13 +147,17 @@ def compiler(effort: float = EFFORT) -> Iterator[None]:
         "jax_enable_compilation_cache": False,
     }
     before = {name: operator.attrgetter(name)(jax.config) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
+
+    def change(to: dict) -> None:
+        for name, value in to.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # jax decides only once whether there is one
+
+    change(settings)
     try:
         yield
     finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+        change(before)
 
 
 def compiled(program: Program, mesh: jax.sharding.Mesh, same: Row | None = None) -> Row:
