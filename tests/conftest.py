@@ -24,6 +24,19 @@ import pytest
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_freed():
+    """After each module of tests its compiled programs are forgotten.
+
+    On a CPU a program takes three memory maps, and Linux gives a process 65,530 of them: a process
+    that keeps the programs of the whole suite ends in a segmentation fault inside the compiler.
+    """
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def real_data() -> pathlib.Path:
     """The folder of real public data; tests that need it skip by name where it is absent."""
