@@ -239,9 +239,17 @@ def violations(program: Program, found: Cost, mesh: jax.sharding.Mesh) -> tuple[
     size where the weight is split over devices: each of these keeps only its own part.
     """
     sizes, vocabularies = _weights(program, mesh)
+    lengths = _lengths(program)
     broken = collections.Counter()
     for c in found.collectives:
         for shape in c.shapes:
+            # Activations [B, T, ..] may have as many elements as some weight.
+            if (
+                len(shape.dims) == 3
+                and shape.dims[1] in lengths
+                and not vocabularies & set(shape.dims)
+            ):
+                continue
             wide = vocabularies & set(shape.dims) and shape.size > max(shape.dims)
             if c.loops and not _may_transfer(program, c) and (shape.size in sizes or wide):
                 broken[f"{c.kind} of {shape} in the loop {c.loops[-1]}"] += c.count
@@ -267,6 +275,12 @@ def _weights(program: Program, mesh: jax.sharding.Mesh) -> tuple[set[int], set[i
         if size // part > tensor:
             sizes |= {n for whole in (size, size // layers) for n in (whole, whole // tensor)}
     return sizes, vocabularies
+
+
+def _lengths(program: Program) -> set[int]:
+    """The lengths of the rows of tokens that a program reads."""
+    leaves = jax.tree.leaves_with_path(program.arguments)
+    return {leaf.shape[-1] for path, leaf in leaves if sharding.path_name(path).endswith("tokens")}
 
 
 def _may_transfer(program: Program, c: Collective) -> bool:

@@ -37,7 +37,7 @@ SHAPE = transformer.Config(
 ROWS, LENGTH = 8, 256
 # Rows of SFT are short, so that no kernel hides the work of their attention, and so many that the
 # head takes two chunks.
-SFT, SHORT = sft.Config(batch_size=64), 96
+SFT, SHORT = sft.Config(batch_size=128), 64
 PPO = ppo.Config(
     batch_size=ROWS,
     num_epochs=2,
@@ -219,6 +219,7 @@ def transfer(kind="all-gather", dims=(256, 640), loops=("jit(step)/while",)):
         (transfer("all-reduce", loops=()), "all-reduce of a whole gradient bf16[256,640]"),
         (transfer("reduce-scatter", loops=()), None),
         (transfer("all-reduce", (64, 640), ()), None),  # a part of it, over data
+        (transfer("all-reduce", (4, 64, 640), ()), None),  # rows of tokens
     ],
 )
 def test_what_a_rule_forbids(slice_mesh, found, broken):
