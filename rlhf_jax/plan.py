@@ -404,7 +404,7 @@ def remedies(row: Row, mesh: jax.sharding.Mesh) -> list[str]:
     if program.max_trips > 1:
         found.append((temporaries, f"{most}: fewer rows or a larger tensor axis"))
     elif rows > 1:
-        change = f"micro_batches up to {rows} times as many, and layers computed again (remat)"
+        change = f"micro_batches up to {rows} times as many with remat none, or remat full"
         found.append((temporaries, f"{most}: {change}"))
     elif program.function is not None:
         change = "layers computed again (remat), a larger tensor axis, or shorter rows"

@@ -21,11 +21,12 @@ def map_rows(fn: Callable, micro_batches: int, *arrays, recompute: bool = True):
     """`fn(*arrays)`, computed on `micro_batches` slices of the rows one after the other.
 
     This divides the memory of the activations by `micro_batches`; the backward pass computes the
-    forward pass of each slice again. `recompute=False` (see `must_recompute`) is for functions
-    that keep little by themselves: it is then kept. The outputs of all
-    slices are joined to [B, ...] before a loss is computed, so any loss, however it is reduced, is
-    exactly that of the whole batch. Each slice takes every `micro_batches`-th row, so that rows
-    split over devices stay split.
+    forward pass of each slice again. With `recompute=False` (see `must_recompute`) it does not, and
+    what the slices keep is kept for all of them: where layers are computed again, their inputs.
+
+    The outputs of all slices are joined to [B, ...] before a loss is computed, so any loss, however
+    it is reduced, is exactly that of the whole batch. Each slice takes every `micro_batches`-th
+    row, so that rows split over devices stay split.
     Raises ValueError if `micro_batches` does not divide the rows.
     """
     if micro_batches == 1:
