@@ -789,7 +789,7 @@ def described(batch_type, rows, width):
 
 
 def test_the_compiled_sft_step_holds_no_array_of_batch_times_time_times_vocabulary():
-    rows, width = 2, 128
+    rows, width = 32, 128  # whose logits are 64 MB, four chunks
     config, policy = sft.Config(), wide_model()
 
     def plain(config, params, batch):
@@ -814,7 +814,7 @@ def test_the_compiled_sft_step_holds_no_array_of_batch_times_time_times_vocabula
 
 
 def test_the_compiled_ppo_step_holds_no_array_of_batch_times_time_times_vocabulary():
-    rows, prompt, new = 2, 16, 256
+    rows, prompt, new = 16, 16, 256
     config = ppo.Config(sampling=Sampling(max_new_tokens=new), batch_size=rows)
 
     def start(policy):
