@@ -26,10 +26,11 @@ def at_temperature(config, temperature):
 
 @pytest.fixture(scope="module")
 def reference():
-    """Two PPO iterations on one device, with what each rollout held."""
-    config = dataclasses.replace(tiny.PPO, num_iterations=2)
+    """Two PPO iterations on one device, with what each rollout held: some response ends by EOS."""
+    config = dataclasses.replace(tiny.PPO, num_iterations=2, seed=2)
     seen = []
     result = run_ppo(config, observe=lambda rollout: seen.append(rollout) or {})
+    assert any(h["val/num_eos_tokens"] for h in result.history)
     return config, result, seen
 
 
