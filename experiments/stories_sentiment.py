@@ -25,8 +25,8 @@ minutes.
     distinct bigrams                          0.605 -> 0.496  0.588 -> 0.519  0.602 -> 0.520
 
 The best of 16 answers is still above PPO, because the KL coefficient of 0.55 keeps the policy close
-to the original model on purpose: with a coefficient of 0.1, gold reached 0.97 (seed 0, older code) but
-only 54 % of the distinct bigrams were left.
+to the original model on purpose: with a coefficient of 0.1, gold reached 0.97 (seed 0, older code)
+but only 54 % of the distinct bigrams were left.
 """
 
 from __future__ import annotations

@@ -113,6 +113,11 @@ class Compute(NamedTuple):
 AS_CONFIGURED = Compute()
 
 
+def as_stored(config: Config) -> Config:
+    """What a folder says of a model: all but how it is computed, which has its default."""
+    return dataclasses.replace(config, dtype="float32", remat="none", scan_layers=None)
+
+
 def computed_as(model: Model, compute: Compute) -> Model:
     """The same weights under a configuration with the fields of `compute`."""
     return dataclasses.replace(model, config=compute.of(model.config))

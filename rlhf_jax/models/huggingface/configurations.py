@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import typing
@@ -291,7 +290,7 @@ def fields_from(config: transformer.Config, classifier: bool = False) -> dict[st
     The family is the first that has all of the model's options, in the spelling of transformers 4,
     which transformers 5 reads too. Raises ValueError if no family has them all.
     """
-    wanted = dataclasses.replace(config, dtype="float32")
+    wanted = transformer.as_stored(config)
     for family in families.FAMILIES:
         fixed = {"positions": "rotary"} | family.fixed
         rotates = family.rotary_share or config.rotary_dim is None

@@ -283,9 +283,10 @@ def _export_fields(model, like, classifier, extra):
         record |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     else:
         record = like if isinstance(like, dict) else files.read_config(pathlib.Path(like))
-        described = configurations.config_from(record, "like", model.config.dtype)
-        if described != model.config:
-            this, other = dataclasses.asdict(model.config), dataclasses.asdict(described)
+        described = configurations.config_from(record, "like")
+        if described != transformer.as_stored(model.config):
+            this = dataclasses.asdict(transformer.as_stored(model.config))
+            other = dataclasses.asdict(described)
             options = ", ".join(f"{k}={this[k]!r}" for k in this if this[k] != other[k])
             raise ValueError(f"like: describes another model; this one has {options}")
         family, _ = configurations.family_of(record)
