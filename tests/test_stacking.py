@@ -10,7 +10,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import losses, sharding
-from rlhf_jax.models import heads, lora, stacking, transformer
+from rlhf_jax.models import heads, huggingface, lora, stacking, transformer
 from rlhf_jax.training import state as training
 from rlhf_jax.training.checkpoint import Checkpoints
 
@@ -143,3 +143,11 @@ def test_a_checkpoint_has_a_name_per_layer_and_restores_stacked_or_not(written, 
     assert tiny.equal(found["policy"], like["policy"])
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(like)):
         assert a.sharding == b.sharding
+
+
+def test_a_folder_is_written_whatever_way_a_model_is_computed(tmp_path):
+    shape = dataclasses.replace(ALIKE, remat="full", scan_layers=True, dtype="bfloat16")
+    huggingface.save(tmp_path / "new", made(shape))
+    huggingface.save(tmp_path / "like", made(shape), like=tmp_path / "new")
+    for name in ("new", "like"):
+        assert huggingface.load(tmp_path / name).config == ALIKE
