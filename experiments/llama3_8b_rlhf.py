@@ -3,8 +3,9 @@
     python experiments/llama3_8b_rlhf.py --model meta-llama/Meta-Llama-3-8B-Instruct \
         --demonstrations F --preferences F
     python experiments/llama3_8b_rlhf.py --plan v5e:16x16 --mesh data=1,fsdp=32,tensor=8
-    python experiments/llama3_8b_rlhf.py --plan v5p:4x4x8
-    python experiments/llama3_8b_rlhf.py --plan v5e:4x8 --lora-rank 16 --mesh fsdp=4,tensor=8
+    python experiments/llama3_8b_rlhf.py --plan v5p:4x4x8 --mesh data=1,fsdp=32,tensor=4
+
+With `--lora-rank 16` it fits `v5e:4x8` in micro-batches: `docs/scaling.md` has the command.
 
 The inputs, stages and exports are those of `own_data.py`; only the model's shape and the sizes of
 batches are stated here. With `--plan` neither model nor data nor TPU is needed: every program is

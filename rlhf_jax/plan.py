@@ -2,7 +2,7 @@
 
     devices = plan.topology("v5e:4x4")
     mesh = sharding.make_mesh(devices=devices)
-    rows = [plan.compiled(program, mesh, chip) for program in programs(config, context)]
+    rows = [plan.compiled(program, mesh) for program in programs(config, context)]
 
 Every program is compiled by the TPU's own compiler (libtpu, which runs on any Linux machine), from
 shapes alone. All figures are of one device. `launch` calls `report` for `--plan`, and

@@ -59,7 +59,7 @@ def _is_model(node: Any) -> bool:
 def is_wanted(model: Model, mesh: jax.sharding.Mesh) -> bool:
     """Whether training stacks the layers of this model: as its configuration says, or by platform.
 
-    On accelerators the loop keeps compilation and temporary memory small; on a CPU it is slower.
+    On accelerators the loop keeps compilation and temporary memory small, which a CPU needs less.
     """
     if model.config.scan_layers is not None:
         return model.config.scan_layers
