@@ -178,7 +178,7 @@ def online(
     trainable, bases = partition.partition(networks)
     given = {"reference": policy, "scorer": scorer, **bases}
     trained, frozen = loop.arranged(mesh, trainable, given)
-    batch = prompts(mesh, responses, max_prompt)
+    batch = prompts(mesh, algorithms.prompt_rows(config, mesh), max_prompt)
     with jax.set_mesh(mesh):
         state, restored = (
             sharding.abstract(mesh, algorithms.init_state, config, algorithm.memory, trained)

@@ -133,3 +133,13 @@ def group_normalised(scores: Float[Array, "B K"], eps: Scalar = 1e-4) -> Float[A
     scores = _groups(scores)
     centred = scores - scores.mean(axis=1, keepdims=True)
     return centred / (jnp.std(scores, axis=1, ddof=1, keepdims=True) + eps)
+
+
+def group_centred(scores: Float[Array, "B K"]) -> Float[Array, "B K"]:
+    """Score minus the mean over the K samples of a prompt, this one included. [B, K] -> [B, K].
+
+    Dr. GRPO (arXiv:2503.20783), which does not divide by the standard deviation.
+    Raises ValueError unless scores are [B, K] with K >= 2.
+    """
+    scores = _groups(scores)
+    return scores - scores.mean(axis=1, keepdims=True)

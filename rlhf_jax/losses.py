@@ -318,13 +318,13 @@ def score_regression_loss(
 
 def clipped_policy_loss(
     *,
-    logprobs: Float[Array, "B T"],
-    old_logprobs: Float[Array, "B T"],
-    advantages: Float[Array, "B T"],
+    logprobs: Float[Array, "*n"],
+    old_logprobs: Float[Array, "*n"],
+    advantages: Float[Array, "*n"],
     clip_eps: Scalar,
     clip_eps_high: Scalar | None = None,
-) -> Float[Array, "B T"]:
-    """PPO's clipped surrogate objective, negated, per token. All [B, T] -> [B, T].
+) -> Float[Array, "*n"]:
+    """PPO's clipped surrogate objective, negated. [B, T] per token, or [B] per response.
 
     Schulman et al. 2017 (arXiv:1707.06347), eq. 7; `clip_eps_high` loosens the upper side (DAPO,
     arXiv:2503.14476). The log-ratio logprobs - old_logprobs is clamped at +-20 (`MAX_LOG_RATIO`).

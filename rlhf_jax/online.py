@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
-from rlhf_jax import config, sharding, shards
+from rlhf_jax import config, on_policy, sharding, shards
 from rlhf_jax.config import Count, Positive, Whole, explained_tracing
 from rlhf_jax.data import loader
 from rlhf_jax.data.batches import Loader, Prompts
@@ -66,6 +66,9 @@ class Config(config.Config):
     sampling: Sampling = Sampling()
     policy_optimizer: training.OptimizerConfig = training.OptimizerConfig(learning_rate=3e-5)
     max_sampler_gap: Positive = 0.05  # mean |sampler - loss| log-probability in bfloat16, nats
+    # Where filters, penalties or processors make the sampler another distribution than the policy.
+    off_policy: on_policy.Correction = "refuse"
+    max_weight: Positive = 2.0  # of policy / sampler, with off_policy="weight"
     save_every: Count = 25  # iterations between checkpoints
     eval_every: Whole = 0  # iterations between evaluations; 0 is never
     seed: Whole = 0
@@ -125,7 +128,8 @@ class State(NamedTuple):
 class Algorithm(NamedTuple):
     """The functions of an online algorithm, as this module's docstring says, and its display.
 
-    memory: what `make_batch` is given in the first iteration.
+    memory: what `make_batch` is given in the first iteration. any_sampler: the update is right for
+    responses from any distribution, and not only for those of the policy.
     """
 
     name: str
@@ -134,6 +138,7 @@ class Algorithm(NamedTuple):
     make_batch: Callable
     loss: Callable
     memory: Any = ()
+    any_sampler: bool = False
 
 
 class Inputs(TypedDict, total=False):
@@ -162,6 +167,13 @@ class Inputs(TypedDict, total=False):
 # ------------------------------------------------------------------------ the pure functions
 
 
+def policy_alone(config: Config, policy: Model, critic: Model | None) -> dict[str, Model]:
+    """`networks` of an algorithm that trains nothing else. Raises ValueError for a critic."""
+    if critic is not None:
+        raise ValueError("this algorithm has no critic; leave critic= out, or use ppo.run")
+    return {"policy": policy}
+
+
 def iteration_key(config: Config, iteration, purpose: int):
     """Keys come from (seed, iteration, purpose) alone, so nothing random is ever saved."""
     key = jax.random.fold_in(jax.random.key(config.seed), iteration)
@@ -171,10 +183,10 @@ def iteration_key(config: Config, iteration, purpose: int):
 def sample(
     drawing: Drawing, config: Config, params: dict, iteration: Int[Array, ""], prompts: Prompts
 ) -> tuple[Samples, Array]:
-    """A response to each row of `prompts`: (samples [B, T], the prompts' numbers [B]).
+    """The responses of an iteration: (samples [B, T], the prompts' numbers [B]).
 
-    In a run each prompt stands in `samples_per_prompt` consecutive rows, and each row gets another
-    sample of it, so [B] reshapes to [prompts, K].
+    Those to a prompt follow each other, so [B] reshapes to [prompts, K]. `prompts` has each prompt
+    in one row or in several (`prompt_rows`), among which its K samples are divided.
     """
     return rollouts.sample(
         params["policy"],
@@ -182,7 +194,22 @@ def sample(
         iteration_key(config, iteration, 0),
         sampling=config.sampling,
         drawing=drawing,
+        rows=config.num_responses // prompts.index.shape[0],
     )
+
+
+def prompt_rows(config: Config, mesh: jax.sharding.Mesh) -> int:
+    """Rows that hold the prompts of an iteration: a multiple of `batch_size`.
+
+    A prompt in one row is read once for all of its samples. Where the mesh does not divide the
+    prompts each takes as few rows as make it divide them; it always divides the responses.
+    """
+    sharding.check_rows(mesh, **config.row_counts())
+    shards = sharding.row_shards(mesh)
+    copies = (
+        n for n in range(1, config.samples_per_prompt + 1) if not config.samples_per_prompt % n
+    )
+    return next(config.batch_size * n for n in copies if not config.batch_size * n % shards)
 
 
 def judge(score: Score | None, config: Config, params: dict, samples: Samples, index) -> Rollout:
@@ -295,38 +322,6 @@ def update(
     return jax.tree.map(lambda x, y: jnp.where(good, x, y), new, old), metrics
 
 
-def check(config: Config, dtype: str, iteration: int, metrics: dict[str, float]) -> None:
-    """Raises TrainingStopped unless sampler, loss and reference agree as they must on-policy.
-
-    Before the first update of every iteration the ratio is 1: in float32 no token's log-probability
-    may differ by more than 1e-4 nats between the sampler and `forward`. In bfloat16 the old
-    log-probabilities come from `forward`, and the sampler's mean gap is bounded by
-    `max_sampler_gap` (the worst token's by ten times that). A loss that reports
-    "policy/approxkl_avg" must start its first minibatch at 0 within the same bound. In iteration 0
-    the policy is the reference, so their log-probabilities must agree within the same bound.
-    """
-    training.raise_if_bad(iteration, metrics)
-    exact = dtype == "float32"
-    bound = 1e-4 if exact else 10 * config.max_sampler_gap  # of the worst token
-    worst, mean = metrics["check/logprob_gap"], metrics["check/sampler_gap"]
-    if not worst <= bound or not mean <= config.max_sampler_gap:
-        raise training.TrainingStopped(
-            f"iteration {iteration}: sampler and loss disagree on the log-probability of the same "
-            f"token by {max(worst, mean):.3g} nats (bound {bound:g}): the first ratio is not 1"
-        )
-    first = metrics.get("check/first_approxkl", 0.0)
-    if not first <= 0.5 * bound**2:
-        raise training.TrainingStopped(
-            f"iteration {iteration}: the loss starts at approxkl {first:.3g}, not 0: it scores "
-            "tokens differently from how they were sampled (shift, mask or temperature)"
-        )
-    if iteration == 0 and not metrics["check/reference_gap"] <= bound:
-        raise training.TrainingStopped(
-            "iteration 0: the policy is not the reference, their log-probabilities differ by "
-            f"{metrics['check/reference_gap']:.3g} nats; pass the policy that training starts from"
-        )
-
-
 # --------------------------------------------------------------------------------------- the run
 
 
@@ -398,11 +393,13 @@ def run(
     runtime = runtime or Runtime()
     mesh = runtime.mesh
     score = _check_inputs(algorithm.name, config, mesh, prompts, scorer, score, reward)
+    if not algorithm.any_sampler:
+        on_policy.check_sampler(algorithm.name, config, processors)
     loop.check_evaluation(config.eval_every, evaluate)
     drawing = Drawing(tokenizer.ends, choose, processors)
-    # Repeated where they are read: responses have to divide over the mesh, prompts need not.
-    places = np.repeat(np.arange(config.batch_size), config.samples_per_prompt)
-    prompts = prompts.reading(places[sharding.process_rows(mesh, config.num_responses)])
+    count = prompt_rows(config, mesh)
+    places = np.arange(count) // (count // config.batch_size)
+    prompts = prompts.reading(places[sharding.process_rows(mesh, count)])
     with jax.set_mesh(mesh):
         trainable, bases = partition.partition(algorithm.networks(config, policy, critic))
         given = sharding.place(mesh, {"reference": policy, "scorer": scorer, **bases})
@@ -427,7 +424,7 @@ def run(
                 config.eval_every,
             ),
             runtime,
-            check=functools.partial(check, config, policy.config.dtype),
+            check=functools.partial(on_policy.check, config, policy.config.dtype),
             observe=observe,
             evaluate=figures,
         )
@@ -460,10 +457,7 @@ def _iterate(
     state: State,
     batch: Prompts,
 ) -> tuple[State, loop.Outcome]:
-    """One iteration: enqueues its three programs, and runs a reward in Python between them.
-
-    `batch` has a row for each response.
-    """
+    """One iteration: enqueues its three programs, and runs a reward in Python between them."""
     params = partition.combine(frozen, state.train.trainable)
     batch = sharding.put_rows(mesh, batch)
     samples, index = programs.sample(config, params, state.iteration, batch)

@@ -192,8 +192,8 @@ def test_a_reference_that_is_not_the_policy_stops_the_run():
         "check/reference_gap": 0.3,
     }
     with pytest.raises(TrainingStopped, match="iteration 0: the policy is not the reference"):
-        online.check(tiny.PPO, "float32", 0, metrics)
-    online.check(tiny.PPO, "float32", 1, metrics)
+        on_policy.check(tiny.PPO, "float32", 0, metrics)
+    on_policy.check(tiny.PPO, "float32", 1, metrics)
 
 
 def test_a_sampler_that_disagrees_with_the_loss_stops_the_run(monkeypatch):
@@ -234,7 +234,7 @@ def test_bfloat16_takes_old_logprobs_from_the_scorer_and_bounds_the_sampler_gap(
     figures = {name: float(value) for name, value in result.history[1].items()}
     for fault in ({"check/sampler_gap": 0.06}, {"check/logprob_gap": 0.6}):
         with pytest.raises(TrainingStopped, match="sampler and loss disagree"):
-            online.check(tiny.PPO, "bfloat16", 3, figures | fault)
+            on_policy.check(tiny.PPO, "bfloat16", 3, figures | fault)
 
 
 def test_different_seeds_differ_and_equal_seeds_are_equal():

@@ -2,6 +2,10 @@
 
 The policy acts token by token: the state is the prompt and the response so far, an action is a
 token, and the score comes with the last one. `online` runs the iterations.
+
+Its gradient assumes that the policy itself was sampled. With `off_policy="weight"` advantages are
+weighted token by token (`on_policy.weights`), which corrects penalties but for the bound on the
+weights and the distribution of prefixes; filters leave the gradient over the tokens that they keep.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax import abstract, advantages, losses, online
+from rlhf_jax import abstract, advantages, losses, on_policy, online
 from rlhf_jax.abstract import Stage
 from rlhf_jax.config import NonNegative, Positive, Share
 from rlhf_jax.data.records import Ends
@@ -133,8 +137,7 @@ def diagnostics(
     `clip_eps_high` is the upper clip where it is not `config.clip_eps`. If a loss reports
     "policy/approxkl_avg", the run also checks that it starts each iteration at ratio 1.
     """
-    change = logprobs - batch.old_logprobs
-    ratio = jnp.exp(change)
+    ratio = jnp.exp(logprobs - batch.old_logprobs)
     # As in lm-human-preferences and TRL a token counts as clipped only where that raises its loss.
     high = config.clip_eps if clip_eps_high is None else clip_eps_high
     bounded = jnp.clip(ratio, 1.0 - config.clip_eps, 1.0 + high)
@@ -143,11 +146,10 @@ def diagnostics(
     bounded_values = batch.old_values + jnp.clip(values - batch.old_values, -eps, eps)
     value_clipped = jnp.abs(bounded_values - batch.returns) > jnp.abs(values - batch.returns)
     return {
-        "policy/approxkl_avg": losses.masked_mean(0.5 * jnp.square(change), batch.mask),
+        **on_policy.drift(batch, logprobs),
         "policy/clipfrac_avg": losses.masked_mean(clipped, batch.mask),
         "policy/entropy_avg": losses.masked_mean(entropy, batch.mask),
         "val/clipfrac_avg": losses.masked_mean(value_clipped, batch.value_mask),
-        "val/ratio": losses.masked_mean(ratio, batch.mask),
     }
 
 
@@ -189,7 +191,7 @@ def make_batch(config: Config, params: dict, memory: Memory, rollout: Rollout):
         value_mask=value_mask,
         old_logprobs=rollout.old_logprobs,
         old_values=old_values,
-        advantages=estimates * mask,
+        advantages=estimates * mask * on_policy.weights(config, rollout),
         returns=returns,
     )
     response_kl = jnp.sum(kl * mask, axis=1)

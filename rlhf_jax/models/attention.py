@@ -1,8 +1,8 @@
 """The one function through which all attention goes, and the kernels that it chooses from.
 
-`plain` holds the whole [T, S] matrix of each head; it is short, it is what decoding uses, and the
-others are tested against it. The others never hold it: `blockwise` in jax, splash attention on
-TPUs and cuDNN on GPUs.
+`plain` holds the whole [T, S] matrix of each head; it is short, and the others are tested against
+it. The others never hold it: `blockwise` in jax, splash attention on TPUs and cuDNN on GPUs.
+`attend_to_cache` is that of decoding.
 """
 
 from __future__ import annotations
@@ -27,21 +27,28 @@ LANES = 128  # splash attention reads whole multiples of this many tokens
 SPLASH_BLOCK = 512  # tokens of one of its blocks, at most
 
 
+class Visible(NamedTuple):
+    """Which columns of a key-value cache the token that is being read may attend to."""
+
+    prompts: Bool[Array, "B P"]
+    own: Bool[Array, " R"]  # the same for all rows, which have written equally much
+
+
 class AttentionInputs(NamedTuple):
     """What attention needs besides the hidden states; computed once for many layers."""
 
     rotary: tuple[Array, Array] | None  # cosines and sines of `rope.cos_sin`; None: no rotation
-    documents: Int[Array, "B S"]  # number of the document in each column of keys, 0 on padding
-    # Whether the token at T may attend to the one at S. None: the queries stand in the same columns
-    # as the keys, and what each may see follows from `documents` and the layer's window.
-    mask: Bool[Array, "B T S"] | None = None
+    # Whole rows: number of the document in each column, 0 on padding. What a token may attend to
+    # follows from it and from the layer's window.
+    documents: Int[Array, "B T"] | None
+    visible: Visible | None = None  # one token per row, which attends to a cache
 
 
 def attend(
     query: Float[Array, "B H T Dh"],
-    keys: Float[Array, "B K S Dh"],
-    values: Float[Array, "B K S Dh"],
-    inputs: AttentionInputs,
+    keys: Float[Array, "B K T Dh"],
+    values: Float[Array, "B K T Dh"],
+    documents: Int[Array, "B T"],
     *,
     scale: float,
     softcap: float | None = None,
@@ -57,13 +64,11 @@ def attend(
     The implementation follows from the platform of the mesh's devices, the length and what else is
     asked for (`choose`). On several devices each attends to its own rows and heads.
     """
-    if inputs.mask is not None:
-        return plain(query, keys, values, inputs.mask, scale=scale, softcap=softcap)
     platform, length = shards.platform(), query.shape[2]
     name = choose(platform, length, query.shape[3], query.dtype.name, softcap)
     if name == "plain":
         steps = jnp.arange(length)
-        mask = blockwise.visible(inputs.documents, inputs.documents, steps, steps, window)
+        mask = blockwise.visible(documents, documents, steps, steps, window)
         return plain(query, keys, values, mask, scale=scale, softcap=softcap)
     arguments = {"scale": scale, "softcap": softcap, "window": window}
     if name == "blockwise":
@@ -72,7 +77,7 @@ def attend(
         del arguments["softcap"]  # None: see `choose`
     kernel = {"blockwise": blockwise.attend, "splash": splash, "cudnn": cudnn}[name]
     kernel = functools.partial(kernel, **arguments)
-    return shards.per_shard(kernel, query, keys, values, inputs.documents)
+    return shards.per_shard(kernel, query, keys, values, documents)
 
 
 def choose(platform: str, length: int, head_dim: int, dtype: str, softcap: float | None) -> str:
@@ -126,6 +131,53 @@ def plain(
     weights = weights.reshape(batch, kv_heads, -1, size)
     mixed = layers.einsum("bkqs,bksd->bkqd", weights, values)
     return mixed.reshape(batch, heads, length, width)
+
+
+def attend_to_cache(
+    query: Float[Array, "M H 1 Dh"],
+    prompts: tuple[Float[Array, "B K P Dh"], Float[Array, "B K P Dh"]],
+    own: tuple[Float[Array, "M K R Dh"], Float[Array, "M K R Dh"]],
+    visible: Visible,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "M H 1 Dh"]:
+    """`attend` for one new token per row, to the row's prompt and to what the row has written.
+
+    M = B * N: N consecutive rows continue the same prompt, whose keys and values are held, and
+    read, once. `prompts` and `own` are keys and values.
+    """
+    rows, heads, _, width = query.shape
+    batch, kv_heads, size, _ = prompts[0].shape
+
+    def by_prompt(x):
+        """[M, K, G, n] -> [B, K, N * G, n]"""
+        x = x.reshape(batch, -1, *x.shape[1:]).swapaxes(1, 2)
+        return x.reshape(batch, kv_heads, -1, x.shape[-1])
+
+    def by_row(x):
+        """[B, K, N * G, n] -> [M, K, G, n]"""
+        x = x.reshape(batch, kv_heads, rows // batch, -1, x.shape[-1]).swapaxes(1, 2)
+        return x.reshape(rows, kv_heads, -1, x.shape[-1])
+
+    def products(query, keys):
+        return layers.einsum("bkqd,bksd->bkqs", query, keys, preferred_element_type=jnp.float32)
+
+    def mixed(weights, values):
+        return layers.einsum("bkqs,bksd->bkqd", weights, values, preferred_element_type=jnp.float32)
+
+    query = query.reshape(rows, kv_heads, -1, width)
+    logits = [by_row(products(by_prompt(query), prompts[0])), products(query, own[0])]
+    logits = jnp.concatenate(logits, axis=-1) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    seen = jnp.repeat(visible.prompts, rows // batch, axis=0)
+    seen = jnp.concatenate([seen, jnp.broadcast_to(visible.own, (rows, visible.own.size))], axis=1)
+    logits = jnp.where(seen[:, None, None], logits, blockwise.HIDDEN)
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    out = by_row(mixed(by_prompt(weights[..., :size]), prompts[1]))
+    out = out + mixed(weights[..., size:], own[1])
+    return out.astype(query.dtype).reshape(rows, heads, 1, width)
 
 
 def splash(

@@ -12,16 +12,20 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax import shards
 from rlhf_jax.models import stacking, transformer
+from rlhf_jax.models.attention import Visible
 from rlhf_jax.models.transformer import Model, Trunk, jit, trunk_weights
 
 
 class Cache(NamedTuple):
-    """The key-value cache: one buffer per layer, so that each is updated in place."""
+    """The key-value cache of M = B * N rows, of which N consecutive ones continue the same prompt.
 
-    keys: tuple[Array, ...]  # per layer [B, K, S, Dh]
-    values: tuple[Array, ...]  # per layer [B, K, S, Dh]
-    attend: Int[Array, "B S"]  # 1 in columns that hold a real token
-    length: Int[Array, ""]  # columns written so far; the same in all rows, padded on the left
+    Every layer has buffers of its own, so that each is updated in place.
+    """
+
+    prompts: tuple[tuple[Array, Array], ...]  # keys and values per layer, [B, K, P, Dh] each
+    own: tuple[tuple[Array, Array], ...]  # those that the rows have written, [M, K, R, Dh] each
+    attend: Int[Array, "B P"]  # 1 on the real tokens of the prompts, which are padded on the left
+    length: Int[Array, ""]  # tokens that each row has written
 
 
 def weights_for(model: Model) -> Model:
@@ -43,14 +47,14 @@ def weights_for(model: Model) -> Model:
     return dataclasses.replace(model, weights=weights)
 
 
-@functools.partial(jit, static_argnames="size")
+@functools.partial(jit, static_argnames=("size", "rows"))
 def prefill(
-    model: Model, tokens: Int[Array, "B P"], attend: Int[Array, "B P"], size: int
+    model: Model, tokens: Int[Array, "B P"], attend: Int[Array, "B P"], size: int, rows: int = 1
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Reads prompts, padded on the left: (hidden state of their last token, key-value cache).
 
-    The cache has `size` columns: the width of the prompts plus the longest response.
-    Raises ValueError if that is too long for the model (`check_length`).
+    `size` is the width of the prompts plus the longest response, and `rows` the number N of
+    responses to each prompt. Raises ValueError if that is too long for the model (`check_length`).
     """
     transformer.check_length(model.config, size)
     width, at = tokens.shape[1], transformer.positions(attend)
@@ -58,31 +62,37 @@ def prefill(
     trunk = Trunk(model.config, decoding=True)
     hidden, kv = trunk.apply({"params": trunk_weights(model)}, tokens, at, inputs)
 
-    def grow(x):
-        return jnp.pad(x, ((0, 0), (0, 0), (0, size - width), (0, 0)))
+    def empty(x):
+        batch, heads, _, head_dim = x.shape
+        shape = (batch * rows, heads, size - width, head_dim)
+        return shards.constrain_heads(jnp.zeros(shape, x.dtype))
 
-    cache = Cache(
-        keys=tuple(grow(keys) for keys, _ in kv),
-        values=tuple(grow(values) for _, values in kv),
-        attend=jnp.pad(attend, ((0, 0), (0, size - width))),
-        length=jnp.int32(width),
-    )
-    return hidden[:, -1], cache
+    own = jax.tree.map(empty, kv)
+    return hidden[:, -1], Cache(kv, own, attend, jnp.int32(0))
 
 
 @jit
 def decode(
-    model: Model, cache: Cache, tokens: Int[Array, " B"]
-) -> tuple[Float[Array, "B D"], Cache]:
+    model: Model, cache: Cache, tokens: Int[Array, " M"]
+) -> tuple[Float[Array, "M D"], Cache]:
     """Appends one token to every row: (its hidden state, the cache with it)."""
     c = model.config
-    at = jnp.sum(cache.attend > 0, axis=1)[:, None]
-    attend = jax.lax.dynamic_update_slice_in_dim(
-        cache.attend, jnp.ones_like(cache.attend[:, :1]), cache.length, axis=1
+    width, rows = cache.attend.shape[1], tokens.shape[0] // cache.attend.shape[0]
+    at = jnp.sum(cache.attend > 0, axis=1) + cache.length
+    at = jnp.repeat(at, rows)[:, None]
+
+    def visible(window):
+        columns = jnp.arange(cache.own[0][0].shape[2])
+        seen = Visible(cache.attend > 0, columns <= cache.length)
+        if window is None:
+            return seen
+        here = width + cache.length
+        near = Visible(here - jnp.arange(width) < window, here - (width + columns) < window)
+        return jax.tree.map(jnp.logical_and, seen, near)
+
+    inputs = transformer.attention_inputs(c, at, visible=visible)
+    past = tuple(zip(cache.prompts, cache.own))
+    hidden, own = Trunk(c, decoding=True).apply(
+        {"params": trunk_weights(model)}, tokens[:, None], at, inputs, past, cache.length
     )
-    inputs = transformer.attention_inputs(c, at, attend, cache.length)
-    hidden, kv = Trunk(c, decoding=True).apply(
-        {"params": trunk_weights(model)}, tokens[:, None], at, inputs, cache, cache.length
-    )
-    keys, values = zip(*kv)
-    return hidden[:, 0], Cache(keys, values, attend, cache.length + 1)
+    return hidden[:, 0], cache._replace(own=own, length=cache.length + 1)

@@ -160,10 +160,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, inputs, past=None, column=None):
-        """[B, T, D] -> ([B, T, D], (keys, values)), keys and values [B, K, S, Dh].
+        """[B, T, D] -> ([B, T, D], (keys, values)).
 
-        `past` are a layer's keys and values in the cache: the new ones are written into them from
-        `column` on. Without it S = T, and the keys and values are those of the input.
+        `past` is what the cache holds for a layer, (prompts, own), each (keys, values): the one new
+        token is written into column `column` of its row's own, [B, K, R, Dh], which are returned.
+        Without it the keys and values are those of the input, [B, K, T, Dh].
         """
         c, dtype = self.config, x.dtype
         batch, length, _ = x.shape
@@ -180,19 +181,16 @@ class Attention(nn.Module):
         query = heads("query", c.num_heads, "query_norm")
         keys = heads("key", c.num_kv_heads, "key_norm")
         values = heads("value", c.num_kv_heads)
-        if past is not None:
+        how = {"scale": (c.query_scalar or c.head_dim) ** -0.5, "softcap": c.attention_softcap}
+        if past is None:
+            documents, window = inputs.documents, self.window
+            mixed = attention.attend(query, keys, values, documents, window=window, **how)
+        else:
             write = jax.lax.dynamic_update_slice_in_dim
-            keys = write(past[0], keys, column, axis=2)
-            values = write(past[1], values, column, axis=2)
-        mixed = attention.attend(
-            query,
-            keys,
-            values,
-            inputs,
-            scale=(c.query_scalar or c.head_dim) ** -0.5,
-            softcap=c.attention_softcap,
-            window=self.window,
-        )
+            prompts, own = past
+            keys = write(own[0], keys, column, axis=2)
+            values = write(own[1], values, column, axis=2)
+            mixed = attention.attend_to_cache(query, prompts, (keys, values), inputs.visible, **how)
         mixed = mixed.swapaxes(1, 2)
         mixed = mixed.reshape(batch, length, c.num_heads * c.head_dim)
         out = layers.Linear(c.d_model, dtype, _residual_scale(c), c.out_bias, name="out")
@@ -277,7 +275,8 @@ class Trunk(nn.Module):
         """[B, T] -> (hidden states [B, T, D], normalised; (keys, values) per layer).
 
         `inputs` is a pair of `AttentionInputs`: for layers without a window and for those with one.
-        Keys and values are those of the layers that are not stacked.
+        Keys and values are those of the layers that are not stacked. `past` and `column` are those
+        of `Attention`, the former per layer.
         """
         c, size = self.config, pattern(self.config)
         x = shards.constrain_rows(Embed(c, self.decoding, name="embed")(tokens, positions))
@@ -293,9 +292,9 @@ class Trunk(nn.Module):
         kv = []
         block = Block if self.decoding else _rematerialised(c, Block)
         for i in range(self.repeats * size, c.num_layers):
-            layer_past = None if past is None else (past.keys[i], past.values[i])
             window = window_of(c, i)
             layer = block(c, window, name=layer_name(i))
+            layer_past = None if past is None else past[i]
             x, layer_kv = layer(x, inputs[window is not None], layer_past, column)
             kv.append(layer_kv)
         return _norm(c, "norm")(x), tuple(kv)
@@ -339,12 +338,12 @@ def positions(attend: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
 
 
-def attention_inputs(c: Config, positions, documents, column=None, lengths=None):
+def attention_inputs(c: Config, positions, documents=None, lengths=None, visible=None):
     """`AttentionInputs` of layers without a window and of layers with one (None if there are none).
 
-    `documents` [B, S] numbers the documents in the columns of the keys, `positions` [B, T] are
-    those of the new tokens, and `lengths` is as in `rope.cos_sin`. Without a `column` the new
-    tokens are all the keys; otherwise one stands there, after all others of its only document.
+    `positions` [B, T] are those of the new tokens, and `lengths` is as in `rope.cos_sin`. Whole
+    rows have `documents` [B, T]; a token that attends to a cache has `visible(window)`, which gives
+    the columns that a layer with this window sees.
     """
 
     def rotary(scaling, base, lengths):
@@ -352,19 +351,16 @@ def attention_inputs(c: Config, positions, documents, column=None, lengths=None)
             return None
         return rope.cos_sin(scaling, base, c.rotary_dim or c.head_dim, positions, lengths)
 
-    def mask(window):
-        if column is None:
-            return None
-        near = (documents > 0)[:, None]
-        return near if window is None else near & (column - jnp.arange(near.shape[2]) < window)
+    def inputs(angles, window):
+        return AttentionInputs(angles, documents, visible and visible(window))
 
     angles = rotary(c.rope_scaling, c.rope_base, lengths)
-    everything = AttentionInputs(angles, documents, mask(None))
+    everything = inputs(angles, None)
     if c.window is None:
         return everything, None
     if c.local_rope_base is not None:
         angles = rotary(rope.Scaling(), c.local_rope_base, None)
-    return everything, AttentionInputs(angles, documents, mask(c.window))
+    return everything, inputs(angles, c.window)
 
 
 # The public functions are compiled, because a model that is run operation by operation takes many

@@ -328,7 +328,7 @@ def sample(
     model: transformer.Model,
     prompts: Int[Array, "B P"],
     attend: Int[Array, "B P"],
-    keys: Key[Array, " B"],
+    keys: Key[Array, " M"],
     *,
     sampling: Sampling,
     ends: Ends,
@@ -337,15 +337,19 @@ def sample(
 ) -> Samples:
     """Continues left-padded prompts until EOS, by at most `sampling.max_new_tokens` tokens.
 
+    There is one key for each response; with M = B * N keys, N consecutive responses, which are the
+    rows of the result, continue the same prompt. It is read once and its part of the key-value
+    cache is held once, so N responses cost less than N rows with the same prompt.
+
     A pure function, to be jitted (with `ends`, `choose` and `processors` static). The processors
     change the logits one after another, after the temperature and before the filters of `sampling`;
     then `choose` draws. `logprobs` of the result are those of the policy itself at the temperature,
     `filtered_logprobs` those of the distribution that was sampled. Temperature 0 takes the most
     likely token, the first if several tie, without calling `choose`, and both log-probabilities are
     then those at temperature 1.
-    Raises ValueError if `pad_id` is an EOS id, if the rows are too long for the model, or if
-    prompts are padded on the right. The last is checked outside of jit only: before tracing, call
-    `check_prompts` on the arrays.
+    Raises ValueError if `pad_id` is an EOS id, if the rows are too long for the model, if the
+    prompts do not divide the keys, or if they are padded on the right. The last is checked outside
+    of jit only: before tracing, call `check_prompts` on the arrays.
     """
     if not isinstance(attend, jax.core.Tracer):
         check_prompts(prompts, attend)
@@ -353,9 +357,16 @@ def sample(
         raise ValueError(
             f"pad_id={ends.pad_id} is an EOS id {tuple(ends.eos_ids)}; choose another pad_id"
         )
-    longest = sampling.max_new_tokens
+    rows, rest = divmod(keys.shape[0], prompts.shape[0])
+    if rest or not rows:
+        raise ValueError(
+            f"{keys.shape[0]} keys for {prompts.shape[0]} prompts; give one key for each response, "
+            "equally many for each prompt"
+        )
     model = decoding.weights_for(model)
-    hidden, cache = decoding.prefill(model, prompts, attend, prompts.shape[1] + longest)
+    size = prompts.shape[1] + sampling.max_new_tokens
+    hidden, cache = decoding.prefill(model, prompts, attend, size, rows)
+    prompts, attend = (jnp.repeat(x, rows, axis=0) for x in (prompts, attend))
 
     def step(cache, token):
         hidden, cache = decoding.decode(model, cache, token)
@@ -370,7 +381,7 @@ def sample(
     drawn = decode_loop(
         step,
         cache,
-        transformer.logits(model, hidden),
+        jnp.repeat(transformer.logits(model, hidden), rows, axis=0),
         keys,
         sampling=sampling,
         ends=ends,

@@ -51,6 +51,8 @@ class Rollout(NamedTuple):
     mask: Float[Array, "B T"]  # 1 on sampled tokens up to and including EOS
     old_logprobs: Float[Array, "B T"]  # the denominator of ratios; see `judge`
     sampler_logprobs: Float[Array, "B T"]  # as decoding with the cache computed them
+    # Of the distribution that was sampled, after processors, penalties and filters.
+    filtered_logprobs: Float[Array, "B T"]
     forward_logprobs: Float[Array, "B T"]  # as a forward pass over whole rows computes them
     ref_logprobs: Float[Array, "B T"]  # the reference's
     entropy: Float[Array, "B T"]  # of the policy's distribution of each token, nats
@@ -104,23 +106,26 @@ def sample(
     sampling: Sampling,
     drawing: Drawing,
     first_sample: int | Array = 0,
-) -> tuple[Samples, Int[Array, " B"]]:
-    """Samples a response to each row of `prompts`: (samples, the prompts' numbers [B]).
+    rows: int = 1,
+) -> tuple[Samples, Int[Array, " M"]]:
+    """Samples `rows` responses to each row of `prompts`: (samples, the prompts' numbers).
 
-    Sample k of prompt i is a function of (key, i, k) alone. The first row of a prompt is its sample
-    number `first_sample`, further rows of it are the samples after that.
+    M = B * rows; the responses to a prompt follow each other. Sample k of prompt i is a function of
+    (key, i, k) alone. The first response to a prompt is its sample number `first_sample`, further
+    ones, also those to another row with the same prompt, are the samples after that.
     """
+    index = jnp.repeat(prompts.index, rows)
     samples = decode.sample(
         policy,
         prompts.tokens,
         prompts.attend,
-        decode.row_keys(key, prompts.index, first_sample),
+        decode.row_keys(key, index, first_sample),
         sampling=sampling,
         ends=drawing.ends,
         choose=drawing.choose,
         processors=drawing.processors,
     )
-    return shards.constrain_rows(samples), prompts.index
+    return shards.constrain_rows(samples), index
 
 
 def judge(
@@ -158,6 +163,7 @@ def judge(
         *rows,
         old_logprobs=samples.logprobs if exact else forward_logprobs,
         sampler_logprobs=samples.logprobs,
+        filtered_logprobs=samples.filtered_logprobs,
         forward_logprobs=forward_logprobs,
         ref_logprobs=ref.logprobs * samples.mask,
         entropy=outputs.entropy,
@@ -204,7 +210,7 @@ def measurements(rollout: Rollout) -> dict[str, Array]:
 
 
 def gaps(rollout: Rollout) -> dict[str, Array]:
-    """How far computations of the same log-probabilities disagree, nats: see `online.check`."""
+    """How far computations of the same log-probabilities disagree, nats: see `on_policy.check`."""
 
     def gap(other: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return jnp.abs(rollout.old_logprobs - other) * rollout.mask
