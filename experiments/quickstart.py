@@ -192,7 +192,14 @@ def programs(config: Config, context: Context) -> list[Program]:
     )
     scorer = ranked.result
     aligned = ppo.programs(
-        config.ppo, policy, scorer, scorer, MAX_PROMPT, ENDS, mesh, resident=initial
+        config.ppo,
+        policy=policy,
+        scorer=scorer,
+        critic=scorer,
+        max_prompt=MAX_PROMPT,
+        ends=ENDS,
+        mesh=mesh,
+        resident=initial,
     )
     batch = abstract.prompts(mesh, config.ppo.batch_size, MAX_PROMPT)
     held = (initial, aligned.held if config.ppo.eval_every else ())

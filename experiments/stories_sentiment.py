@@ -282,7 +282,15 @@ def programs(config: Config, context: Context) -> list[Program]:
         config.reward_model, policy, length, mesh, responses=config.responses_per_prompt
     )
     scorer = ranked.result
-    aligned = ppo.programs(config.ppo, policy, scorer, scorer, MAX_PROMPT, ENDS, mesh)
+    aligned = ppo.programs(
+        config.ppo,
+        policy=policy,
+        scorer=scorer,
+        critic=scorer,
+        max_prompt=MAX_PROMPT,
+        ends=ENDS,
+        mesh=mesh,
+    )
     batch = abstract.prompts(mesh, rows, MAX_PROMPT)
     drawing = evaluation.program(
         policy,

@@ -2,7 +2,7 @@
 
     initial = abstract.model(shape, mesh)
     stage = sft.programs(config.sft, initial, length, mesh)
-    stage = ppo.programs(config.ppo, stage.result, ...)
+    stage = ppo.programs(config.ppo, policy=stage.result, ...)
 
 The programs are those that `loop.fit`, `online.run` and `epoch` run: the same functions build them,
 from shapes that the functions which fill the arrays of a run give. Nothing is computed, so the mesh
@@ -13,7 +13,7 @@ between models, the same object is in both trees.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -158,20 +158,36 @@ def _rows(batch: Any) -> int:
     return tokens[0] * (tokens[1] if len(tokens) == 3 else 1)
 
 
+class Inputs(TypedDict, total=False):
+    """What `online` takes besides a configuration and an algorithm; models are trees of shapes.
+
+    `policy`, `max_prompt`, `ends` and `mesh` are required.
+    """
+
+    policy: Model
+    max_prompt: int  # tokens that prompts are padded to
+    ends: Ends  # the tokenizer's
+    mesh: jax.sharding.Mesh
+    scorer: Any
+    critic: Model | None
+    score: Score | None  # None for a reward in Python
+    resident: Any  # what the experiment holds besides
+
+
 def online(
     config: algorithms.Config,
     algorithm: algorithms.Algorithm,
     *,
     policy: Model,
-    scorer: Any,
-    critic: Model | None,
     max_prompt: int,
     ends: Ends,
     mesh: jax.sharding.Mesh,
+    scorer: Any = None,
+    critic: Model | None = None,
     score: Score | None = learned.score,
     resident: Any = (),
 ) -> Stage:
-    """What `online.run` runs with these arguments; `result` are all trained models by name."""
+    """What `online.run` runs with these arguments; `result` is the trained policy."""
     sharding.check_rows(mesh, **config.row_counts())
     name, responses = algorithm.name, config.num_responses
     networks = derived(algorithm.networks, mesh, config, policy, critic)
@@ -201,7 +217,7 @@ def online(
             Program(f"{name}: update", programs.update, updating, held, minibatch, updates=True),
             Program(f"{name}: restore", None, (), (held, restored), responses),
         ],
-        loop.models_of(given, state.train),
+        loop.models_of(given, state.train)["policy"],
         held,
     )
 

@@ -60,8 +60,16 @@ def stages(mesh, shape=SHAPE):
     ranked = reward_model.programs(
         reward_model.Config(batch_size=ROWS // 2), tuned.result, LENGTH, mesh
     )
-    rated = (tuned.result, ranked.result, ranked.result)
-    return tuned, ranked, ppo.programs(PPO, *rated, LENGTH // 2, ENDS, mesh)
+    aligned = ppo.programs(
+        PPO,
+        policy=tuned.result,
+        scorer=ranked.result,
+        critic=ranked.result,
+        max_prompt=LENGTH // 2,
+        ends=ENDS,
+        mesh=mesh,
+    )
+    return tuned, ranked, aligned
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ estimate of the KL to the reference. What the published variants change are func
 |---|---|---|---|
 | GRPO (2402.03300) | `make_batch` | `loss` | |
 | Dr. GRPO (2503.20783) | `centred_batch` | `dr_grpo_loss` | `kl_coef=0` |
-| DAPO (2503.14476) | `make_batch` | `dapo_loss` | `kl_coef=0`, `clip_eps_high=0.28`, `train_groups` |
-| GSPO (2507.18071) | `make_batch` | `gspo_loss` | `kl_coef=0`, `clip_eps` of about 3e-4 |
+| DAPO (2503.14476) | `make_batch` | `dapo_loss` | `kl_coef=0`, `clip_eps_high`, `train_groups` |
+| GSPO (2507.18071) | `make_batch` | `gspo_loss` | `kl_coef=0`, a `clip_eps` of about 3e-4 |
 
     grpo.run(config, loss_fn=grpo.dapo_loss, policy=policy, ...)
 
 With `train_groups` an iteration samples `batch_size` groups and trains on so many of those whose
-scores differ. (DAPO samples until it has enough; here a group is left empty where there are too few.)
+scores differ. (DAPO samples until it has enough; here groups are left empty if there are too few.)
 
 Filters of the sampler are refused, or corrected token by token with `off_policy="weight"`, as in
 PPO: see `on_policy.weights`.
@@ -31,7 +31,6 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax import abstract, advantages, losses, on_policy, online
 from rlhf_jax.abstract import Stage
 from rlhf_jax.config import Count, NonNegative
-from rlhf_jax.data.records import Ends
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling.rollout import Rollout
 from rlhf_jax.training.metrics import Display
@@ -243,37 +242,17 @@ def run(
     loss_fn: Callable = loss,
     **inputs: Unpack[online.Inputs],
 ) -> Result:
-    """Trains `policy` on a reward, with the KL to where it starts in the loss; see `online.Inputs`."""
+    """Trains `policy` on a reward; the loss holds the KL to where it starts. See `online.Inputs`."""
     trained, history = online.run(config, algorithm(make_batch, loss_fn), **inputs)
     return Result(trained["policy"], history)
 
 
 def programs(
     config: Config,
-    policy: Model,
-    scorer: Any,
-    max_prompt: int,
-    ends: Ends,
-    mesh: jax.sharding.Mesh,
     *,
     make_batch: Callable = make_batch,
     loss_fn: Callable = loss,
-    resident: Any = (),
+    **shapes: Unpack[abstract.Inputs],
 ) -> Stage:
-    """What `run` runs on prompts of `max_prompt` tokens; `result` is the trained policy.
-
-    The models are trees of shapes, and `resident` is what the experiment holds besides: see
-    `abstract`. `ends` is the tokenizer's.
-    """
-    stage = abstract.online(
-        config,
-        algorithm(make_batch, loss_fn),
-        policy=policy,
-        scorer=scorer,
-        critic=None,
-        max_prompt=max_prompt,
-        ends=ends,
-        mesh=mesh,
-        resident=resident,
-    )
-    return stage._replace(result=stage.result["policy"])
+    """What `run` runs; `result` is the trained policy."""
+    return abstract.online(config, algorithm(make_batch, loss_fn), **shapes)

@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax import abstract, advantages, losses, on_policy, online
 from rlhf_jax.abstract import Stage
 from rlhf_jax.config import NonNegative, Positive, Share
-from rlhf_jax.data.records import Ends
 from rlhf_jax.models import transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling.rollout import Rollout
@@ -266,31 +265,10 @@ def run(
 
 def programs(
     config: Config,
-    policy: Model,
-    scorer: Any,
-    critic: Model | None,
-    max_prompt: int,
-    ends: Ends,
-    mesh: jax.sharding.Mesh,
     *,
     make_batch: Callable = make_batch,
     loss_fn: Callable = loss,
-    resident: Any = (),
+    **shapes: Unpack[abstract.Inputs],
 ) -> Stage:
-    """What `run` runs on prompts of `max_prompt` tokens; `result` is the trained policy.
-
-    The models are trees of shapes, and `resident` is what the experiment holds besides: see
-    `abstract`. `ends` is the tokenizer's.
-    """
-    stage = abstract.online(
-        config,
-        algorithm(make_batch, loss_fn),
-        policy=policy,
-        scorer=scorer,
-        critic=critic,
-        max_prompt=max_prompt,
-        ends=ends,
-        mesh=mesh,
-        resident=resident,
-    )
-    return stage._replace(result=stage.result["policy"])
+    """What `run` runs; `result` is the trained policy."""
+    return abstract.online(config, algorithm(make_batch, loss_fn), **shapes)

@@ -377,9 +377,16 @@ def programs(config: Config, context: Context) -> list[Program]:
     ranked = (config.reward_model, tuned.result, length, mesh)
     first = reward_model.programs(*ranked)
     judge = reward_model.programs(*ranked, name="judge", resident=first.result)
-    rated = (tuned.result, first.result)
+    policy, scorer = rated = (tuned.result, first.result)
     aligned = ppo.programs(
-        config.ppo, *rated, first.result, config.max_prompt, ENDS, mesh, resident=judge.result
+        config.ppo,
+        policy=policy,
+        scorer=scorer,
+        critic=scorer,
+        max_prompt=config.max_prompt,
+        ends=ENDS,
+        mesh=mesh,
+        resident=judge.result,
     )
     batch = abstract.prompts(mesh, config.ppo.batch_size, config.max_prompt)
     held = (judge.result, aligned.held if config.ppo.eval_every else rated)
