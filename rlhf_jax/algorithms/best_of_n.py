@@ -3,8 +3,8 @@
 `expected_best` and `kl_bound` say what taking the best of n responses would give, and `run` trains
 the policy towards it: an iteration samples K responses to each prompt, keeps the one with the
 highest reward, and takes supervised steps on those. Nothing is kept from earlier iterations, and
-there is no KL term. The policy gradient's assumption, that the policy itself was sampled, is not needed,
-so the sampler may have filters and penalties.
+there is no KL term. No step assumes that the policy itself was sampled, so the sampler may have
+filters and penalties.
 """
 
 from __future__ import annotations

@@ -242,7 +242,7 @@ def run(
     loss_fn: Callable = loss,
     **inputs: Unpack[online.Inputs],
 ) -> Result:
-    """Trains `policy` on a reward; the loss holds the KL to where it starts. See `online.Inputs`."""
+    """Trains `policy` on a reward; the loss has the KL to where it starts. See `online.Inputs`."""
     trained, history = online.run(config, algorithm(make_batch, loss_fn), **inputs)
     return Result(trained["policy"], history)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Unpack
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 

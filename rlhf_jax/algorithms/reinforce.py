@@ -25,7 +25,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 

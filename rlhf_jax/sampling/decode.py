@@ -114,6 +114,16 @@ def check_prompts(tokens: Array | np.ndarray, attend: Array | np.ndarray) -> Non
         )
 
 
+def check_sampling(prompts: Array, attend: Array, ends: Ends) -> None:
+    """Raises ValueError if `pad_id` is an EOS id or, outside of jit, as `check_prompts` does."""
+    if not isinstance(attend, jax.core.Tracer):
+        check_prompts(prompts, attend)
+    if ends.pad_id in ends.eos_ids:
+        raise ValueError(
+            f"pad_id={ends.pad_id} is an EOS id {tuple(ends.eos_ids)}; choose another pad_id"
+        )
+
+
 def greedy(logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
     """The most likely token of each row, the first if several tie; `keys` are not used."""
     del keys
@@ -351,12 +361,7 @@ def sample(
     prompts do not divide the keys, or if they are padded on the right. The last is checked outside
     of jit only: before tracing, call `check_prompts` on the arrays.
     """
-    if not isinstance(attend, jax.core.Tracer):
-        check_prompts(prompts, attend)
-    if ends.pad_id in ends.eos_ids:
-        raise ValueError(
-            f"pad_id={ends.pad_id} is an EOS id {tuple(ends.eos_ids)}; choose another pad_id"
-        )
+    check_sampling(prompts, attend, ends)
     rows, rest = divmod(keys.shape[0], prompts.shape[0])
     if rest or not rows:
         raise ValueError(
