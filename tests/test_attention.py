@@ -131,15 +131,16 @@ def test_in_bfloat16_blocks_round_as_the_whole_matrix_does():
 @pytest.mark.parametrize(
     "window, visits",
     [
-        (None, [(0, 0), (4, 0), (4, 4), (8, 0), (8, 4), (8, 8)]),  # the diagonal, and below
-        (5, [(0, 0), (4, 0), (4, 4), (8, 4), (8, 8)]),  # 8 sees back to 4
-        (6, [(0, 0), (4, 0), (4, 4), (8, 0), (8, 4), (8, 8)]),  # 8 sees back to 3
-        (1, [(0, 0), (4, 4), (8, 8)]),
+        (None, [(0, 8, 0, 8), (8, 16, 0, 16), (16, 24, 0, 24), (24, 28, 0, 28)]),  # what is before
+        (5, [(0, 8, 0, 8), (8, 16, 4, 16), (16, 24, 12, 24), (24, 28, 20, 28)]),  # 8 sees back to 4
+        (1, [(0, 8, 0, 8), (8, 16, 8, 16), (16, 24, 16, 24), (24, 28, 24, 28)]),
     ],
 )
-def test_blocks_that_no_query_sees_are_not_visited(window, visits):
+def test_keys_that_no_query_of_a_group_sees_are_not_visited(window, visits):
+    """Seven blocks of four queries, in groups of two: first and last column of queries and keys."""
     form = blockwise.Form(1.0, None, window, 4)
-    assert [tuple(x) for x in blockwise._schedule(12, form).tolist()] == visits
+    groups = blockwise._groups(28, form)
+    assert [(q.start, q.stop, k.start, k.stop) for q, k in groups] == visits
 
 
 @pytest.mark.parametrize("mesh", ["2x2x2", "1x2x4"])

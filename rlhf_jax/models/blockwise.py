@@ -1,10 +1,9 @@
-"""Attention one block of queries and keys at a time, in jax alone.
+"""Attention one block of queries at a time, in jax alone, without an array [T, T].
 
-The softmax is taken while the blocks pass by (Milakov and Gimelshein 2018; FlashAttention,
-arXiv:2205.14135), and the backward pass computes the weights of a block again from the log of
-each query's sum, so no array has both the queries and the keys of a whole row. Blocks above the
-diagonal, and those that a window has left behind, are not visited: which ones these are is known
-when the program is compiled, so one loop runs over a constant list of blocks.
+The weights of a block are [block, keys] and are computed again in the backward pass from the log of
+each query's sum (as in FlashAttention, arXiv:2205.14135). The blocks of a row are divided into
+groups. A group is one compiled loop over its blocks, with the keys that its last block may see, so
+most keys that are hidden by the diagonal, or that a window has left behind, are not read.
 """
 
 from __future__ import annotations
@@ -14,15 +13,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.models import layers
 
 HIDDEN = -1e30  # the logit of a key that a query may not see; not -inf, which would give NaN
 
-_slice = jax.lax.dynamic_slice_in_dim
-_write = jax.lax.dynamic_update_slice_in_dim
+GROUPS = 4  # so many loops are compiled; more would visit fewer hidden keys
+
 _product = functools.partial(layers.einsum, preferred_element_type=jnp.float32)
 
 
@@ -32,7 +30,7 @@ class Form(NamedTuple):
     scale: float
     softcap: float | None
     window: int | None
-    block: int  # queries, and keys, of a block
+    block: int  # queries of a block
 
 
 def visible(
@@ -68,7 +66,7 @@ def attend(
 ) -> Float[Array, "B H T Dh"]:
     """Causal attention within the documents of a row; the arguments are `attention.attend`'s.
 
-    `block` is the number of queries, and of keys, in a block; rows are padded to a multiple of it.
+    `block` is the number of queries in a block; rows are padded to a multiple of it.
     """
     batch, heads, length, width = query.shape
     block = min(block, length)
@@ -94,101 +92,132 @@ def _attend(query, keys, values, documents, form):
     return _forward(query, keys, values, documents, form)[0]
 
 
-def _schedule(length: int, form: Form) -> Int[np.ndarray, "N 2"]:
-    """First column of the queries and of the keys of each block that is not wholly hidden."""
-    starts = range(0, length, form.block)
+class _Group(NamedTuple):
+    """Consecutive blocks of queries, and the columns of the keys that they may see."""
+
+    queries: slice
+    keys: slice
+
+
+def _groups(length: int, form: Form) -> list[_Group]:
+    size = form.block * -(-length // (form.block * GROUPS))
     reach = length if form.window is None else form.window
-    return np.array(
-        [(i, j) for i in starts for j in starts if j <= i and i - (j + form.block - 1) < reach],
-        np.int32,
-    )
+    return [
+        _Group(slice(i, min(i + size, length)), slice(max(0, i - reach + 1), min(i + size, length)))
+        for i in range(0, length, size)
+    ]
 
 
-def _hide(weights, documents, i, j, form):
-    """Logits [B, K, G, C, C] of the queries from column i on and the keys from j on."""
-    steps = jnp.arange(form.block)
-    rows, columns = (_slice(documents, start, form.block, 1) for start in (i, j))
-    seen = visible(rows, columns, i + steps, j + steps, form.window)
-    return jnp.where(seen[:, None, None], weights, HIDDEN)
+def _blocks(x, group: _Group, form: Form, axis: int):
+    """The blocks of a group on a new leading axis, to be scanned over."""
+    x = jax.lax.slice_in_dim(x, group.queries.start, group.queries.stop, axis=axis)
+    x = x.reshape(*x.shape[:axis], -1, form.block, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
 
 
-def _logits(query, keys, form):
-    """[B, K, G, C, Dh], [B, K, C, Dh] -> [B, K, G, C, C], scaled and soft-capped, float32."""
-    flat = query.reshape(*keys.shape[:2], -1, query.shape[-1])
-    weights = _product("bkqd,bksd->bkqs", flat, keys).reshape(*query.shape[:4], -1) * form.scale
-    if form.softcap is None:
-        return weights
-    return form.softcap * jnp.tanh(weights / form.softcap)
+def _joined(x, axis: int):
+    """Undoes `_blocks`."""
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _seen(query_documents, documents, start, group: _Group, form: Form) -> Bool[Array, "B C S"]:
+    """Which keys of the group the queries from column `start` on may see."""
+    columns = jnp.arange(group.keys.start, group.keys.stop)
+    rows = start + jnp.arange(form.block)
+    return visible(query_documents, documents[:, group.keys], rows, columns, form.window)
+
+
+def _capped(logits, form: Form):
+    logits = logits * form.scale
+    return logits if form.softcap is None else form.softcap * jnp.tanh(logits / form.softcap)
+
+
+def _starts(group: _Group, form: Form):
+    return jnp.arange(group.queries.start, group.queries.stop, form.block)
 
 
 def _forward(query, keys, values, documents, form):
     """The result, and what the backward pass needs."""
-    batch, heads, group, length, width = query.shape
+    batch, heads, count, length, width = query.shape
 
-    def step(carry, start):
-        total, highest, mixed = carry
-        i, j = start
-        weights = _logits(_slice(query, i, form.block, 3), _slice(keys, j, form.block, 2), form)
-        weights = _hide(weights, documents, i, j, form)
-        before = _slice(highest, i, form.block, 3)
-        now = jnp.maximum(before, jnp.max(weights, axis=-1))
-        # Where all keys so far were hidden this is 1 for each of them, until a visible key, the
-        # query itself at the latest, multiplies what they have left by exp(HIDDEN - now) = 0.
-        weights = jnp.exp(weights - now[..., None])
-        kept = jnp.exp(before - now)
-        new_total = _slice(total, i, form.block, 3) * kept + jnp.sum(weights, axis=-1)
-        flat = weights.astype(values.dtype).reshape(batch, heads, -1, form.block)
-        new = _product("bkqs,bksd->bkqd", flat, _slice(values, j, form.block, 2))
-        old = _slice(mixed, i, form.block, 3)
-        new = old * kept[..., None] + new.reshape(old.shape)
-        carry = _write(total, new_total, i, 3), _write(highest, now, i, 3), _write(mixed, new, i, 3)
-        return carry, None
+    def of_group(group: _Group):
+        k, v = (x[:, :, group.keys] for x in (keys, values))
 
-    shape = (batch, heads, group, length)
-    start = jnp.zeros(shape), jnp.full(shape, HIDDEN), jnp.zeros((*shape, width))
-    (total, highest, mixed), _ = jax.lax.scan(step, start, _schedule(length, form))
-    out = (mixed / total[..., None]).astype(query.dtype)
-    return out, (query, keys, values, documents, out, highest + jnp.log(total))
+        def of_block(arrays):
+            q, own, start = arrays
+            logits = _product("bkqd,bksd->bkqs", q.reshape(batch, heads, -1, width), k)
+            logits = _capped(logits, form).reshape(batch, heads, count, form.block, -1)
+            seen = _seen(own, documents, start, group, form)
+            logits = jnp.where(seen[:, None, None], logits, HIDDEN)
+            highest = jnp.max(logits, axis=-1, keepdims=True)
+            weights = jnp.exp(logits - highest)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            flat = weights.astype(values.dtype).reshape(batch, heads, count * form.block, -1)
+            mixed = _product("bkqs,bksd->bkqd", flat, v).reshape(q.shape) / total
+            return mixed.astype(query.dtype), (highest + jnp.log(total))[..., 0]
+
+        blocks = (_blocks(query, group, form, 3), _blocks(documents, group, form, 1))
+        mixed, log_total = jax.lax.map(of_block, (*blocks, _starts(group, form)))
+        return _joined(mixed, 3), _joined(log_total, 3)
+
+    parts = [of_group(group) for group in _groups(length, form)]
+    out, log_total = (jnp.concatenate(x, axis=3) for x in zip(*parts))
+    return out, (query, keys, values, documents, out, log_total)
 
 
 def _backward(form, saved, change):
-    """Gradients of query, keys and values, from that of the result (`change`)."""
-    query, keys, values, documents, out, log_total = saved
-    batch, heads, _, _, width = query.shape
-    # The derivative of a softmax subtracts the mean of the incoming gradient under its weights.
-    mean = jnp.sum(change.astype(jnp.float32) * out, axis=-1)
+    """Gradients of query, keys and values, from that of the result (`change`).
 
-    def step(carry, start):
-        to_query, to_keys, to_values = carry
-        i, j = start
-        q, d = (_slice(x, i, form.block, 3) for x in (query, change))
-        k, v = (_slice(x, j, form.block, 2) for x in (keys, values))
-        logits = _logits(q, k, form)
-        weights = jnp.exp(
-            _hide(logits, documents, i, j, form) - _slice(log_total, i, form.block, 3)[..., None]
-        )
-        flat_d = d.reshape(batch, heads, -1, width)
-        to_weights = _product("bkqd,bksd->bkqs", flat_d, v).reshape(weights.shape)
-        to_logits = weights * (to_weights - _slice(mean, i, form.block, 3)[..., None]) * form.scale
-        if form.softcap is not None:
-            to_logits = to_logits * (1 - jnp.square(logits / form.softcap))
+    Weights are [keys, queries] here, so that two of the three products with them need no transposed
+    copy.
+    """
+    query, keys, values, documents, out, log_total = saved
+    batch, heads, count, length, width = query.shape
+    # The derivative of a softmax subtracts the mean of the incoming gradient under its weights.
+    # As a product: XLA's own sum of so few numbers takes ten times as long on a CPU.
+    mean = _product("bkgtd,bkgtd->bkgt", change, out)
+
+    def of_group(group: _Group):
+        k, v = (x[:, :, group.keys] for x in (keys, values))
 
         def flat(x):
-            return x.astype(query.dtype).reshape(batch, heads, -1, form.block)
+            return x.reshape(batch, heads, count * form.block, *x.shape[4:])
 
-        to_logits = flat(to_logits)
-        to_v = _product("bkqs,bkqd->bksd", flat(weights), flat_d)
-        to_k = _product("bkqs,bkqd->bksd", to_logits, q.reshape(flat_d.shape))
-        to_q = _product("bkqs,bksd->bkqd", to_logits, k).reshape(q.shape)
-        carry = (
-            _write(to_query, _slice(to_query, i, form.block, 3) + to_q, i, 3),
-            _write(to_keys, _slice(to_keys, j, form.block, 2) + to_k, j, 2),
-            _write(to_values, _slice(to_values, j, form.block, 2) + to_v, j, 2),
-        )
-        return carry, None
+        def of_block(sums, arrays):
+            q, d, log_total, mean, own, start = arrays
+            q, d, log_total, mean = map(flat, (q, d, log_total, mean))
+            logits = _capped(_product("bksd,bkqd->bksq", k, q), form)
+            seen = jnp.swapaxes(_seen(own, documents, start, group, form), 1, 2)
+            seen = jnp.tile(seen, (1, 1, count))[:, None]  # the queries of `count` heads
+            weights = jnp.where(seen, jnp.exp(logits - log_total[:, :, None]), 0.0)
+            to_weights = _product("bksd,bkqd->bksq", v, d)
+            to_logits = weights * (to_weights - mean[:, :, None]) * form.scale
+            if form.softcap is not None:
+                to_logits = to_logits * (1 - jnp.square(logits / form.softcap))
+            weights, to_logits = (x.astype(query.dtype) for x in (weights, to_logits))
+            steps = (
+                _product("bksq,bkqd->bksd", to_logits, q),
+                _product("bksq,bkqd->bksd", weights, d),
+            )
+            to_q = _product("bksq,bksd->bkqd", to_logits, k)
+            to_q = to_q.reshape(batch, heads, count, form.block, width)
+            return jax.tree.map(jnp.add, sums, steps), to_q.astype(query.dtype)
 
-    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, keys, values))
-    gradients, _ = jax.lax.scan(step, start, _schedule(query.shape[3], form))
+        zeros = jnp.zeros(k.shape, jnp.float32)
+        rows = (_blocks(x, group, form, 3) for x in (query, change, log_total, mean))
+        blocks = (*rows, _blocks(documents, group, form, 1), _starts(group, form))
+        (to_k, to_v), to_q = jax.lax.scan(of_block, (zeros, zeros), blocks)
+        return to_k, to_v, _joined(to_q, 3)
+
+    to_keys, to_values = (jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
+    to_query = []
+    for group in _groups(length, form):
+        to_k, to_v, to_q = of_group(group)
+        to_keys = to_keys.at[:, :, group.keys].add(to_k)
+        to_values = to_values.at[:, :, group.keys].add(to_v)
+        to_query.append(to_q)
+    gradients = (jnp.concatenate(to_query, axis=3), to_keys, to_values)
     return *(g.astype(x.dtype) for g, x in zip(gradients, (query, keys, values))), None
 
 
