@@ -14,7 +14,7 @@ import tiny
 from rlhf_jax import advantages, losses, online, sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import NonNegative
-from rlhf_jax.sampling import Drawing, Rollout, Sampling
+from rlhf_jax.sampling import Drawing, Sampling
 from rlhf_jax.sampling import rollout as rollouts
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.metrics import Display
@@ -168,6 +168,21 @@ def test_sample_k_of_a_prompt_is_the_one_that_is_drawn_alone_under_its_number(gr
         np.testing.assert_array_equal(samples.tokens, first.tokens[k::4])
 
 
+@pytest.mark.parametrize(
+    "mesh, prompts, samples, rows",
+    [
+        ("1x1x1", 3, 4, 3),  # each prompt is read once for all of its samples
+        ("2x2x2", 4, 6, 4),
+        ("2x2x2", 2, 6, 4),  # twice, so that four shards have one row each
+        ("2x2x2", 3, 4, 12),
+        ("8x1x1", 6, 4, 24),
+    ],
+)
+def test_a_prompt_takes_as_few_rows_as_the_mesh_divides(mesh, prompts, samples, rows):
+    config = online.Config(batch_size=prompts, samples_per_prompt=samples)
+    assert online.prompt_rows(config, tiny.mesh(mesh)) == rows
+
+
 def test_responses_have_to_divide_over_the_mesh_and_prompts_need_not():
     few = dataclasses.replace(GROUPED, batch_size=2, num_minibatches=1)
     # Eight responses are sampled and judged on four shards; the two groups cannot be split so.
@@ -204,26 +219,6 @@ def test_sizes_that_do_not_go_together_are_refused_when_the_configuration_is_mad
 # ------------------------------------------------------------------------------------ the update
 
 
-def some_rollout(count, width=6):
-    """A rollout of numbers that mean nothing; row i belongs to prompt i // 3."""
-    zeros = jnp.zeros((count, width))
-    return Rollout(
-        tokens=jnp.zeros((count, width), jnp.int32),
-        attend=jnp.ones((count, width), jnp.int32),
-        mask=jnp.ones((count, width)),
-        old_logprobs=zeros,
-        sampler_logprobs=zeros,
-        forward_logprobs=zeros,
-        ref_logprobs=zeros,
-        entropy=zeros,
-        values=None,
-        scores=jnp.arange(float(count)),
-        lengths=jnp.full(count, width),
-        finished=jnp.ones(count),
-        index=jnp.arange(count) // 3,
-    )
-
-
 UPDATE = online.Config(batch_size=8, samples_per_prompt=3, num_epochs=2, num_minibatches=4)
 WEIGHTS = {"policy": {"w": np.ones((2, 2), np.float32)}}
 
@@ -240,7 +235,7 @@ def traced(make_batch=groups_of_three, loss=small_loss, config=UPDATE, memory=()
     """Traces an update without compiling it: what a run of these functions would raise."""
     state = online.init_state(config, memory, WEIGHTS)
     program = functools.partial(online.update, make_batch, loss)
-    return jax.eval_shape(program, config, state, {}, some_rollout(24))
+    return jax.eval_shape(program, config, state, {}, tiny.some_rollout(24))
 
 
 def test_minibatches_are_dealt_over_groups_which_stay_together():
@@ -252,7 +247,7 @@ def test_minibatches_are_dealt_over_groups_which_stay_together():
 
     program = jax.jit(functools.partial(online.update, groups_of_three, loss))
     state = online.init_state(UPDATE, (), WEIGHTS)
-    state, _ = program(UPDATE, state, {}, some_rollout(24))
+    state, _ = program(UPDATE, state, {}, tiny.some_rollout(24))
     jax.block_until_ready(state)
     jax.effects_barrier()
     assert len(seen) == 8 and int(state.train.step) == 8

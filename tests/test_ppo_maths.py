@@ -159,6 +159,7 @@ def rollout_of(responses, scores, models, temperature):
         mask=mask,
         old_logprobs=logprobs[0],
         sampler_logprobs=logprobs[0],
+        filtered_logprobs=logprobs[0],
         forward_logprobs=logprobs[0],
         ref_logprobs=logprobs[1],
         entropy=plain_entropy(models["policy"], tokens, attend, temperature),

@@ -161,6 +161,29 @@ def test_cached_decode_gives_what_the_full_forward_gives_at_every_position(model
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+def test_rows_that_continue_the_same_prompt_share_its_part_of_the_cache(model):
+    """Three rows after each prompt decode as if each had read the prompt itself."""
+    tokens, attend = padded(documents((6, 5, 3, 1)), "left", width=6)
+    rows = jax.random.randint(jax.random.key(0), (3 * B, 4), 0, CONFIG.vocab_size)
+
+    @functools.partial(jax.jit, static_argnames="count")
+    def cached(model, tokens, attend, rows, count):
+        _, cache = decoding.prefill(model, tokens, attend, 10, count)
+
+        def step(cache, token):
+            hidden, cache = decoding.decode(model, cache, token)
+            return cache, hidden
+
+        cache, hidden = jax.lax.scan(step, cache, rows.T)
+        return hidden, jax.tree.leaves(cache.prompts)[0].shape[0]
+
+    got, held = cached(model, tokens, attend, rows, 3)
+    repeated = (jnp.repeat(x, 3, axis=0) for x in (tokens, attend))
+    want, _ = cached(model, *repeated, rows, 1)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert held == B
+
+
 def test_a_prompt_and_response_longer_than_the_model_are_refused(model):
     tokens = jnp.ones((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="need 17 positions, but the model has max_length=16"):

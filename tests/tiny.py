@@ -1,6 +1,7 @@
 """A tiny text task that the tests of whole runs share: bytes, one layer, eight tokens."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import launch, sharding, storage
@@ -9,6 +10,7 @@ from rlhf_jax.data import batches, tokenizers
 from rlhf_jax.models import transformer
 from rlhf_jax.models.transformer import Compute
 from rlhf_jax.rewards import learned
+from rlhf_jax.sampling import rollout
 from rlhf_jax.sampling.decode import Sampling
 from rlhf_jax.training.loop import Runtime
 from rlhf_jax.training.metrics import Log
@@ -114,6 +116,27 @@ def share_below_128(params, tokens, attend, mask):
     """An on-device reward without parameters: the share of ids below 128."""
     del params, attend
     return ((tokens < 128) * mask).sum(1) / mask.sum(1)
+
+
+def some_rollout(count, width=6):
+    """A rollout of numbers that mean nothing; row i belongs to prompt i // 3."""
+    zeros = jnp.zeros((count, width))
+    return rollout.Rollout(
+        tokens=jnp.zeros((count, width), jnp.int32),
+        attend=jnp.ones((count, width), jnp.int32),
+        mask=jnp.ones((count, width)),
+        old_logprobs=zeros,
+        sampler_logprobs=zeros,
+        filtered_logprobs=zeros,
+        forward_logprobs=zeros,
+        ref_logprobs=zeros,
+        entropy=zeros,
+        values=None,
+        scores=jnp.arange(float(count)),
+        lengths=jnp.full(count, width),
+        finished=jnp.ones(count),
+        index=jnp.arange(count) // 3,
+    )
 
 
 def untimed(line):

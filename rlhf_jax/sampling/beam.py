@@ -155,13 +155,12 @@ def search(
     and filters have no place here. In each step the best (1 + number of EOS ids) * `beams`
     candidates are looked at: those that end with EOS finish if they are among the best `beams`, and
     the best `beams` of the others run on. A hypothesis of `max_new_tokens` is finished too.
-    Raises ValueError if there are fewer tokens than candidates, or as `decode.sample` does.
+    Raises ValueError if there are fewer tokens than beams, or as `decode.sample` does.
     """
-    candidates = (1 + len(ends.eos_ids)) * beam.beams
-    if candidates > model.config.vocab_size:
+    if beam.beams > model.config.vocab_size:
         raise ValueError(
-            f"beams={beam.beams} need {candidates} candidates for the first token, but there are "
-            f"{model.config.vocab_size} tokens; use fewer beams"
+            f"beams={beam.beams} must be at most the number of tokens, {model.config.vocab_size}: "
+            "no more hypotheses can start"
         )
     decode.check_sampling(prompts, attend, ends)
     batch, beams, longest = prompts.shape[0], beam.beams, beam.max_new_tokens
