@@ -11,9 +11,9 @@ from conftest import load_program
 
 from rlhf_jax.models import transformer
 
-# The programs import `workloads`, which stands beside them and is therefore loaded first.
-workloads, speed, growth, gpu = (
-    load_program(f"benchmarks/{name}") for name in ("workloads", "speed", "growth", "gpu")
+# The programs import `bounds` and `workloads`, which stand beside them and are loaded first.
+bounds, workloads, speed, growth, gpu = (
+    load_program(f"benchmarks/{name}") for name in ("bounds", "workloads", "speed", "growth", "gpu")
 )
 
 SHAPE = transformer.Config(
@@ -45,13 +45,26 @@ def test_every_task_gives_a_row_whose_units_agree_with_each_other():
         assert row.round_seconds == (seconds,) and row.peer_seconds == ()
 
 
+def test_rows_of_the_same_prompt_are_decoded_searched_and_trained_on():
+    tasks = ("sampling", "greedy", "beam", "grpo")
+    rows = list(speed.run(dataclasses.replace(TOY, tasks=tasks, samples=2)))
+    assert [row.task for row in rows] == list(tasks)
+    assert all(row.compilations == 0 for row in rows)
+
+
+def test_a_prompt_that_is_shared_is_read_once():
+    apart, shared = (bounds.sampling_work(dataclasses.replace(TOY, samples=n)) for n in (1, 2))
+    assert apart.flops - shared.flops == bounds.forward_flops(SHAPE, 1, 0, 3, heads=1)
+    assert apart.bytes - shared.bytes == 2 * 4 * 4 * 3 * 3  # 2 x 4 numbers a column, 3 steps of 3
+
+
 def test_a_shared_critic_saves_the_passes_and_the_updates_of_a_network_of_its_own():
     policy = jax.eval_shape(lambda: transformer.init(SHAPE, jax.random.key(0)))
-    own, shared = (workloads.ppo_work(TOY, policy, critic) for critic in (policy, None))
-    value = workloads.forward_flops(SHAPE, 2, 0, 7, heads=0)
+    own, shared = (bounds.ppo_work(TOY, policy, critic) for critic in (policy, None))
+    value = bounds.forward_flops(SHAPE, 2, 0, 7, heads=0)
     assert own.flops - shared.flops == (1 + 3 * 2) * value
-    updates = 2 * workloads.update_bytes(policy)
-    assert own.bytes - shared.bytes == workloads.weight_bytes(SHAPE, head=False) + updates
+    updates = 2 * bounds.update_bytes(policy)
+    assert own.bytes - shared.bytes == bounds.weight_bytes(SHAPE, head=False) + updates
 
 
 def peer(code):
@@ -102,7 +115,7 @@ def test_a_program_that_is_compiled_after_the_first_step_is_an_error(monkeypatch
     step = jax.jit(lambda x: x[:-1])  # another shape in every step, so another program
 
     def make(config, mesh, policy):
-        x, work = jax.numpy.ones(9), workloads.Work(1.0, 1.0)
+        x, work = jax.numpy.ones(9), bounds.Work(1.0, 1.0)
         return workloads.Task(x, step, ((step, (x,)),), tokens=1, work=work, trained=())
 
     monkeypatch.setitem(workloads.MAKERS, "sampling", make)
@@ -119,19 +132,19 @@ def test_flops_of_a_forward_pass_are_those_of_its_products_counted_one_by_one():
         seen = position + 1
         flops += 2 * (2 * seen * 2 * 4)  # scores and mixing: 2 heads of 4 with `seen` columns
     flops += 3 * 2 * 8 * 32  # logits at three positions
-    assert workloads.forward_flops(SHAPE, rows, 0, length, heads=3) == rows * flops
+    assert bounds.forward_flops(SHAPE, rows, 0, length, heads=3) == rows * flops
 
 
 def test_decoding_after_a_prefill_costs_what_the_whole_row_costs():
-    whole = workloads.forward_flops(SHAPE, 2, 0, 9, heads=4)
-    parts = [workloads.forward_flops(SHAPE, 2, *span, heads=2) for span in ((0, 5), (5, 9))]
+    whole = bounds.forward_flops(SHAPE, 2, 0, 9, heads=4)
+    parts = [bounds.forward_flops(SHAPE, 2, *span, heads=2) for span in ((0, 5), (5, 9))]
     assert sum(parts) == whole
 
 
 def test_weights_that_are_read_in_bfloat16_are_half_as_many_bytes():
     half = dataclasses.replace(SHAPE, dtype="bfloat16")
-    whole = workloads.weight_bytes(SHAPE, head=True)
-    assert workloads.weight_bytes(half, head=True) == whole / 2 > 0
+    whole = bounds.weight_bytes(SHAPE, head=True)
+    assert bounds.weight_bytes(half, head=True) == whole / 2 > 0
 
 
 def test_the_exponent_is_the_power_that_the_costs_grow_with():
@@ -140,7 +153,7 @@ def test_the_exponent_is_the_power_that_the_costs_grow_with():
 
 
 def test_costs_are_seconds_of_a_step_and_megabytes_that_more_rows_add_to():
-    base = workloads.Workload(**SIZES)
+    base = bounds.Workload(**SIZES)
     assert growth.seconds(base, "sft", 1) > 0
     held, more = (
         growth.megabytes(dataclasses.replace(base, batch=rows), "sft") for rows in (16, 32)

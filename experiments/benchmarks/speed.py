@@ -2,6 +2,7 @@
 
     python experiments/benchmarks/speed.py --steps 6 --json speed.jsonl
     python experiments/benchmarks/speed.py --batch 8 --prompt 512 --response 512
+    python experiments/benchmarks/speed.py --prompt 512 --samples 8 --tasks sampling
     python experiments/benchmarks/speed.py --rounds 3 --peer 'sft=python their_sft.py'
 
 The tasks, and the two lower bounds on their time, are described in `workloads.py`. By default the
@@ -44,7 +45,7 @@ class Config(workloads.Workload):
 
     steps: int = 6  # timed repetitions in a round, of which the median is reported
     rounds: int = 1
-    tasks: tuple[str, ...] = tuple(workloads.MAKERS)
+    tasks: tuple[str, ...] = ("sft", "reward_model", "sampling", "ppo", "ppo_shared")
     peer: tuple[str, ...] = ()  # TASK=COMMAND, run in turn with our steps
     matmul: int = 2048  # side of the square matrices that the arithmetic bound is measured with
     copy: int = 256  # megabytes of the array that the memory bound is measured with

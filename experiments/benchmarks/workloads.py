@@ -1,8 +1,9 @@
 """The workloads that the benchmarks time: steps of each algorithm on random tokens.
 
-`sft` and `reward_model` (pairs) are one update. `sampling` draws responses, prefill included. `ppo`
-is a whole iteration with a critic of its own, `ppo_shared` one whose critic is a scalar head on the
-policy; both make 4 epochs of 1 minibatch. Each program is the one that training runs.
+`sft` and `reward_model` (pairs) are one update. `sampling` and `greedy` draw responses, prefill
+included, and `beam` searches them. `ppo` is a whole iteration with a critic of its own,
+`ppo_shared` one whose critic is a scalar head on the policy; both make 4 epochs of 1 minibatch.
+`grpo` is an iteration of one update. Each program is the one that training runs.
 
 Beside each time stand two lower bounds, measured in the same run. `arithmetic` is the time that the
 model's FLOPs (`models/flops.py`) would take at the rate of one large matrix product, and `memory`
@@ -11,7 +12,6 @@ the time that the bytes which have to move would take at the rate of one large c
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import resource
 import statistics
@@ -23,29 +23,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bounds import Work, Workload, grpo_work, ppo_work, reward_model_work, sampling_work, sft_work
 
 from rlhf_jax import chips, online, sharding
-from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.algorithms import grpo, ppo, reward_model, sft
 from rlhf_jax.data.batches import Comparisons, Demonstrations, Prompts
 from rlhf_jax.data.records import Ends
-from rlhf_jax.models import flops, transformer
+from rlhf_jax.models import transformer
 from rlhf_jax.models.partition import combine
 from rlhf_jax.rewards import learned
-from rlhf_jax.sampling import Drawing, Sampling, decode
+from rlhf_jax.sampling import Drawing, Sampling, beam, decode
 from rlhf_jax.training import loop, speed
-
-FLOAT = 4  # bytes: parameters, gradients and moments are float32 wherever a model is trained
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Workload:
-    """The sizes of a step."""
-
-    batch: int = 32  # rows, or pairs of the reward model
-    prompt: int = 64  # tokens
-    response: int = 64  # tokens
-    model: transformer.Config = transformer.Config(vocab_size=4096)
-    epochs: int = 4  # of an iteration of PPO
 
 
 class Row(NamedTuple):
@@ -77,13 +65,6 @@ class Row(NamedTuple):
     process_megabytes: float
 
 
-class Work(NamedTuple):
-    """What any program for a step must do at least: the FLOPs of the model, and bytes to move."""
-
-    flops: float
-    bytes: float
-
-
 class Task(NamedTuple):
     """`step(state) -> state` runs one step; `programs` are its jitted functions and arguments.
 
@@ -96,76 +77,6 @@ class Task(NamedTuple):
     tokens: int
     work: Work
     trained: Any
-
-
-# ------------------------------------------------------------------------------ the lower bounds
-
-
-def forward_flops(c: transformer.Config, rows: int, first: int, last: int, heads: int) -> float:
-    """A forward pass over positions [first, last) of `rows` rows, the rest being cached.
-
-    The vocabulary product is counted at `heads` positions per row.
-    """
-    return rows * flops.forward(c, last - first, flops.attended_in_row(c, first, last), heads)
-
-
-def weight_bytes(c: transformer.Config, head: bool) -> float:
-    """The matrices a forward pass reads; of the embedding only the rows looked up, ignored here."""
-    weights = flops.trunk_weights(c) + (c.d_model * c.vocab_size if head else 0)
-    return jnp.dtype(c.dtype).itemsize * weights
-
-
-def update_bytes(parameters: Any) -> float:
-    """An update moves ten floats a parameter: read forward and backward, its gradient written and
-    read, itself and both moments of Adam read and written. Activations are not counted."""
-    return 10.0 * FLOAT * sum(x.size for x in jax.tree.leaves(parameters))
-
-
-def sft_work(config: Workload, policy: transformer.Model) -> Work:
-    """One update: forward and twice that backward, logits at every position, no recomputation."""
-    length = config.prompt + config.response
-    forward = forward_flops(config.model, config.batch, 0, length, heads=length)
-    return Work(3 * forward, update_bytes(policy))
-
-
-def reward_model_work(config: Workload, scorer: transformer.Model) -> Work:
-    """One update on twice the rows, without a vocabulary product."""
-    length = config.prompt + config.response
-    return Work(
-        3 * forward_flops(config.model, 2 * config.batch, 0, length, heads=0), update_bytes(scorer)
-    )
-
-
-def sampling_work(config: Workload) -> Work:
-    """Prefill with one row of logits, then R - 1 decoding steps (the last token is never read).
-
-    Bytes: the weights once a step, prefill being one; every step reads the cache up to its
-    position. Logits and the writes to the cache (1 / length of its reads) are not counted.
-    """
-    c, last = config.model, config.prompt + config.response - 1
-    flops = forward_flops(c, config.batch, 0, last, heads=config.response)
-    columns = (last * (last + 1) - config.prompt * (config.prompt + 1)) // 2
-    cache = 2 * jnp.dtype(c.dtype).itemsize * c.num_layers * c.num_kv_heads * c.head_dim
-    cache *= columns * config.batch
-    return Work(flops, config.response * weight_bytes(c, head=True) + cache)
-
-
-def ppo_work(config: Workload, policy: transformer.Model, critic: transformer.Model | None) -> Work:
-    """Sampling; one forward pass of reference, scorer, policy and critic; then the epochs.
-
-    Two of the passes need logits, at the response only. An epoch is three forward passes of policy
-    (with logits) and critic. Without `critic` the policy's trunk does its work.
-    """
-    c, length = config.model, config.prompt + config.response
-    sampling = sampling_work(config)
-    speaks = forward_flops(c, config.batch, 0, length, heads=config.response)
-    scores = forward_flops(c, config.batch, 0, length, heads=0)
-    values = 0.0 if critic is None else scores
-    reads = 2 * weight_bytes(c, head=True) + (1 + (critic is not None)) * weight_bytes(c, False)
-    return Work(
-        sampling.flops + 2 * speaks + scores + values + 3 * config.epochs * (speaks + values),
-        sampling.bytes + reads + config.epochs * update_bytes((policy, critic)),
-    )
 
 
 # ------------------------------------------------------------------------------------- the tasks
@@ -212,8 +123,9 @@ def make_reward_model(config: Workload, mesh: jax.sharding.Mesh, policy: transfo
 
 
 def _prompts(config, mesh):
-    tokens, attend = _random_tokens(config, config.batch, config.prompt)
-    return sharding.put_rows(mesh, Prompts(tokens, attend, np.arange(config.batch)))
+    count = config.batch // config.samples
+    tokens, attend = _random_tokens(config, count, config.prompt)
+    return sharding.put_rows(mesh, Prompts(tokens, attend, np.arange(count)))
 
 
 def _ends(config):
@@ -221,24 +133,36 @@ def _ends(config):
     return Ends(eos_ids=(config.model.vocab_size,), pad_id=0)
 
 
-def make_sampling(config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
-    """Sampling at temperature 1 without filters, prefill included; it counts the sampled tokens."""
+def make_sampling(
+    config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Model, *, temperature: float
+) -> Task:
+    """Sampling without filters, prefill included; it counts the sampled tokens."""
+    sampling = Sampling(max_new_tokens=config.response, temperature=temperature)
+
+    def draw(policy, prompts, iteration):
+        index = jnp.repeat(prompts.index, config.samples)
+        keys = decode.row_keys(jax.random.fold_in(jax.random.key(0), iteration), index)
+        texts = (prompts.tokens, prompts.attend)
+        return decode.sample(policy, *texts, keys, sampling=sampling, ends=_ends(config))
+
+    return _generation(config, mesh, policy, draw)
+
+
+def make_beam(config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
+    """Beam search with `samples` beams, so that as many rows are decoded as in sampling."""
+    settings = beam.Beam(beams=config.samples, max_new_tokens=config.response)
+
+    def search(policy, prompts, _):
+        texts = (prompts.tokens, prompts.attend)
+        return beam.search(policy, *texts, beam=settings, ends=_ends(config))
+
+    return _generation(config, mesh, policy, search)
+
+
+def _generation(config, mesh, policy, generate) -> Task:
     rows, whole = sharding.rows(mesh), sharding.replicated(mesh)
-
-    def sample(policy, prompts, iteration):
-        keys = decode.row_keys(jax.random.fold_in(jax.random.key(0), iteration), prompts.index)
-        drawn = decode.sample(
-            policy,
-            prompts.tokens,
-            prompts.attend,
-            keys,
-            sampling=Sampling(max_new_tokens=config.response),
-            ends=_ends(config),
-        )
-        return drawn, iteration + 1
-
-    sample = jax.jit(
-        sample,
+    program = jax.jit(
+        lambda policy, prompts, i: (generate(policy, prompts, i), i + 1),
         in_shardings=(sharding.tree(mesh, policy), rows, whole),
         out_shardings=(rows, whole),
     )
@@ -247,30 +171,56 @@ def make_sampling(config: Workload, mesh: jax.sharding.Mesh, policy: transformer
 
     def step(state):
         # The samples are kept in the state so that a step is over when they are there.
-        return sample(policy, prompts, state[1])
+        return program(policy, prompts, state[1])
 
     tokens = config.batch * config.response
-    programs = ((sample, (policy, prompts, start)),)
+    programs = ((program, (policy, prompts, start)),)
     return Task((None, start), step, programs, tokens, sampling_work(config), trained=())
 
 
 def make_ppo(
     config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Model, *, shared: bool
 ) -> Task:
-    """The three programs of an iteration of `ppo.run`; prompts and responses count as tokens."""
+    """An iteration of PPO on a reward model; prompts and responses count as tokens."""
     settings = ppo.Config(
-        batch_size=config.batch,
+        batch_size=config.batch // config.samples,
+        samples_per_prompt=config.samples,
         sampling=Sampling(max_new_tokens=config.response),
         num_epochs=config.epochs,
         shared_critic=shared,
     )
     scorer = reward_model.init_scorer(policy, jax.random.key(1))
     networks = ppo.networks(settings, policy, None if shared else scorer)
+    work = ppo_work(config, networks["policy"], networks.get("critic"))
+    reward = (learned.score, scorer)
+    return _online(config, mesh, policy, settings, ppo.algorithm(), networks, reward, work)
+
+
+def make_grpo(config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
+    """An iteration of GRPO with one update, on a reward that takes no time."""
+    settings = grpo.Config(
+        batch_size=config.batch // config.samples,
+        samples_per_prompt=config.samples,
+        sampling=Sampling(max_new_tokens=config.response),
+        kl_coef=0.05,
+    )
+    networks, work = {"policy": policy}, grpo_work(config, policy)
+    reward = (_mean_id, ())
+    return _online(config, mesh, policy, settings, grpo.algorithm(), networks, reward, work)
+
+
+def _mean_id(params, tokens, attend, mask):
+    del params, attend
+    return jnp.sum(tokens * mask, axis=1) / jnp.sum(mask, axis=1)
+
+
+def _online(config, mesh, policy, settings, algorithm, networks, reward, work) -> Task:
+    """The three programs of an iteration of an online algorithm."""
+    score, scorer = reward
     frozen = sharding.place(mesh, {"reference": policy, "scorer": scorer})
-    algorithm = ppo.algorithm()
     state = sharding.initialise(mesh, online.init_state, settings, algorithm.memory, networks)
     sample, judge, update = online.compile_programs(
-        algorithm, Drawing(_ends(config)), learned.score, mesh, state, frozen
+        algorithm, Drawing(_ends(config)), score, mesh, state, frozen
     )
     prompts = _prompts(config, mesh)
 
@@ -288,16 +238,18 @@ def make_ppo(
         (update, (settings, state, frozen, rollout)),
     )
     tokens = config.batch * (config.prompt + config.response)
-    work = ppo_work(config, networks["policy"], networks.get("critic"))
     return Task(state, iterate, programs, tokens, work, jax.eval_shape(lambda: networks))
 
 
 MAKERS = {
     "sft": make_sft,
     "reward_model": make_reward_model,
-    "sampling": make_sampling,
+    "sampling": functools.partial(make_sampling, temperature=1.0),
+    "greedy": functools.partial(make_sampling, temperature=0.0),
+    "beam": make_beam,
     "ppo": functools.partial(make_ppo, shared=False),
     "ppo_shared": functools.partial(make_ppo, shared=True),
+    "grpo": make_grpo,
 }
 
 
