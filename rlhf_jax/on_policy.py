@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rlhf_jax import losses
-from rlhf_jax.sampling.decode import Processor, Sampling
 from rlhf_jax.sampling.rollout import Rollout
+from rlhf_jax.sampling.settings import Processor, Sampling
 from rlhf_jax.training import state as training
 
 # Where the sampler is not the policy: stop with an error; weight by policy / sampler (`weights`,

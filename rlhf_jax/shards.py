@@ -145,6 +145,33 @@ def take_part(parts, index):
     return jnp.sum(jnp.where(numbers == index, parts, 0), axis=1, dtype=parts.dtype)
 
 
+def count_tokens(ids, size: int):
+    """Inside a program: how often each token occurs in its row, [B, T] -> [B, V] with V = `size`.
+
+    Ids that are negative or not below V are not counted. Where the tensor axis divides V, each
+    device counts the tokens of its own part of the vocabulary, and nothing is exchanged.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty or size % mesh.shape["tensor"] else mesh.shape["tensor"]
+    width = size // parts
+
+    def on_shard(ids):
+        here = ids if parts == 1 else ids - jax.lax.axis_index("tensor") * width
+        here = jnp.where((here >= 0) & (here < width), here, width)  # which is dropped
+        rows = jnp.arange(ids.shape[0])[:, None]
+        return jnp.zeros((ids.shape[0], width), jnp.int32).at[rows, here].add(1, mode="drop")
+
+    if mesh.empty:
+        return on_shard(ids)
+    sharding.check_rows(mesh, rows=ids.shape[0])
+    return jax.shard_map(
+        on_shard,
+        in_specs=P(ROWS),
+        out_specs=P(ROWS, "tensor" if parts > 1 else None),
+        check_vma=False,
+    )(ids)
+
+
 def _divided(mesh: AbstractMesh, spec: P) -> list[str | None]:
     """The axes of a spec; None where an axis has size 1, because nothing is exchanged over it."""
     return [axis if axis and mesh.shape[axis] > 1 else None for axis in spec]

@@ -47,7 +47,10 @@ def talk(monkeypatch, capsys):
 
 
 def test_the_stream_is_what_the_sampler_draws(pretrained):
-    for flags in ({"top_k": 40, "top_p": 0.9, "min_p": 0.01}, {"temperature": 0.0}):
+    penalties = {"repetition_penalty": 1.5, "frequency_penalty": 0.7, "no_repeat_ngram": 2}
+    rules = {"banned_tokens": (5, 6), "min_new_tokens": 5, "forced_tokens": (72, 105)}
+    filters = {"top_k": 40, "top_p": 0.9, "min_p": 0.01}
+    for flags in (filters, {"temperature": 0.0}, penalties | rules, penalties | {"temperature": 0}):
         sampling = Sampling(max_new_tokens=12, **{"temperature": 1.7} | flags)
         ids, key = [72, 105, 33], decode.row_keys(jax.random.key(4), jnp.array([7]))
         streamed = list(chat.stream_tokens(pretrained, sampling, ids, key))
@@ -135,6 +138,7 @@ def test_the_seed_decides_what_is_said(talk, real_data):
     ("flags", "message"),
     [
         (["--top-p", "3"], "top_p=3.0 must be in (0, 1]"),
+        (["--banned-tokens", "3", "-4"], "banned_tokens=(3, -4) must be a tuple of token ids"),
         (["--temperature", "-1"], "temperature=-1.0 must be at least 0"),
         (["--max-new-tokens", "512"], "max_new_tokens=512 must be in 1..511"),
     ],

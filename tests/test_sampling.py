@@ -208,8 +208,9 @@ def test_temperature_0_is_greedy_and_reports_the_logprobs_at_temperature_1(
     best = draw(model, prompts, jax.random.key(2), choose=decode.greedy, **filtered)
     np.testing.assert_array_equal(cold.tokens, best.tokens)
     np.testing.assert_array_equal(cold.logprobs, best.logprobs)
-    np.testing.assert_array_equal(cold.filtered_logprobs, best.filtered_logprobs)
     np.testing.assert_allclose(cold.logprobs, logprobs_of(model, cold, 1.0), atol=1e-5)
+    # Filters are for draws: at temperature 0 there are none, whatever is set.
+    np.testing.assert_allclose(cold.filtered_logprobs, cold.logprobs, rtol=0, atol=1e-6)
 
 
 def test_temperature_0_takes_the_first_of_equals():
@@ -218,6 +219,17 @@ def test_temperature_0_takes_the_first_of_equals():
     tokens, logprobs, _ = decode.draw(logits, keys, 0, Sampling(temperature=0))
     np.testing.assert_array_equal(tokens, [1, 0])
     np.testing.assert_allclose(np.exp(logprobs), [1 / (2 + np.exp(-2.0)), 1 / 3], rtol=1e-6)
+
+
+def test_at_temperature_0_no_filter_drops_the_most_likely_token():
+    """The entropy is 1.22 nats, so -log 0.2 = 1.61 is more typical than -log 0.5 = 0.69."""
+    logits = jnp.log(jnp.array([[0.2, 0.5, 0.2, 0.1]]))
+    keys = jax.random.split(jax.random.key(0), 1)
+    for temperature, expected in ((0, (1, 0.5, 0.5)), (1, (0, 0.2, 0.5))):
+        sampling = Sampling(temperature=temperature, typical_p=0.3)
+        token, logprobs, filtered = decode.draw(logits, keys, 0, sampling, decode.greedy)
+        assert token[0] == expected[0]
+        np.testing.assert_allclose(np.exp([logprobs[0], filtered[0]]), expected[1:], rtol=1e-6)
 
 
 def test_filtered_logprobs_are_those_of_the_tokens_that_were_left(model, prompts):
@@ -483,6 +495,19 @@ def kept(logits, **options):
         ({"min_p": 0.45}, "1000"),
         ({"min_p": 0.0}, "1111"),
         ({"min_p": 1.0}, "1000"),
+        # The entropy is 1.22 nats, and the -log p are 0.69, 1.61, 1.61, 2.30: in the order of their
+        # distances the tokens are 2 and 3, which tie, then 1, then 4.
+        ({"typical_p": 1e-9}, "0110"),
+        ({"typical_p": 0.19}, "0110"),
+        ({"typical_p": 0.39}, "0110"),
+        ({"typical_p": 0.41}, "1110"),
+        ({"typical_p": 0.89}, "1110"),
+        ({"typical_p": 0.91}, "1111"),
+        ({"typical_p": 1.0}, "1111"),
+        ({"epsilon_cutoff": 0.0}, "1111"),
+        ({"epsilon_cutoff": 0.11}, "1110"),
+        ({"epsilon_cutoff": 0.21}, "1000"),
+        ({"epsilon_cutoff": 1.0}, "1000"),  # one is always kept
         ({}, "1111"),
     ],
 )
@@ -503,6 +528,27 @@ def test_top_p_measures_what_top_k_left():
     np.testing.assert_array_equal(kept(logits, top_k=2.0, top_p=0.55)[0], [1, 0, 0, 0])
 
 
+def test_each_filter_measures_what_those_before_it_left():
+    logits = np.log([[0.4, 0.3, 0.2, 0.1]])
+    # Typical-p sees 4/7 and 3/7, whose entropy of 0.68 nats is nearer to -log 4/7 = 0.56.
+    np.testing.assert_array_equal(kept(logits, typical_p=0.25)[0], [0, 1, 0, 0])
+    np.testing.assert_array_equal(kept(logits, top_k=2.0, typical_p=0.25)[0], [1, 0, 0, 0])
+    # The cut-off sees 3/5 and 2/5, the two most typical.
+    np.testing.assert_array_equal(kept(logits, epsilon_cutoff=0.35)[0], [1, 0, 0, 0])
+    np.testing.assert_array_equal(
+        kept(logits, typical_p=0.45, epsilon_cutoff=0.35)[0], [0, 1, 1, 0]
+    )
+
+
+def test_of_tokens_that_tie_typical_p_and_the_cut_off_keep_all():
+    flat = np.zeros((1, 8))
+    for options in ({"typical_p": 0.01}, {"typical_p": 0.99}, {"epsilon_cutoff": 0.9}):
+        assert kept(flat, **options).all()
+    masked = np.where(np.arange(8) < 3, 0.0, -INF)[None]
+    for options in ({"typical_p": 0.01}, {"epsilon_cutoff": 0.9}):
+        np.testing.assert_array_equal(kept(masked, **options)[0], np.arange(8) < 3)
+
+
 @pytest.mark.parametrize("kind", ["random", "tied", "peaked", "masked"])
 @pytest.mark.parametrize("temperature", [0.6, 1.7])
 def test_filters_keep_exactly_the_tokens_that_transformers_keeps(kind, temperature):
@@ -515,22 +561,28 @@ def test_filters_keep_exactly_the_tokens_that_transformers_keeps(kind, temperatu
     if kind == "masked":
         logits[rng.random(logits.shape) < 0.5] = -INF
     grid = [
-        dict(zip(("top_k", "top_p", "min_p"), values))
-        for values in [
-            *[(k, None, None) for k in (1.0, 2.0, 7.0, 49.0, 50.0, 80.0)],
-            *[(None, p, None) for p in (0.013, 0.37, 0.73, 0.951, 0.9991)],
-            *[(None, None, p) for p in (0.0117, 0.113, 0.71)],
-            *[(5.0, 0.813, None), (20.0, 0.913, 0.0513), (None, 0.613, 0.113)],
-        ]
+        *[{"top_k": k} for k in (1.0, 2.0, 7.0, 49.0, 50.0, 80.0)],
+        *[{"top_p": p} for p in (0.013, 0.37, 0.73, 0.951, 0.9991)],
+        *[{"min_p": p} for p in (0.0117, 0.113, 0.71)],
+        *[{"typical_p": p} for p in (0.013, 0.21, 0.57, 0.913, 0.9991)],
+        *[{"epsilon_cutoff": p} for p in (0.00031, 0.0117, 0.113, 0.71)],
+        {"top_k": 5.0, "top_p": 0.813},
+        {"top_k": 20.0, "top_p": 0.913, "min_p": 0.0513},
+        {"top_p": 0.613, "min_p": 0.113},
+        {"top_k": 30.0, "typical_p": 0.613, "epsilon_cutoff": 0.0317},
+        {"min_p": 0.0113, "typical_p": 0.813},
     ]
+    theirs = {
+        "top_k": lambda k: warpers.TopKLogitsWarper(int(k)),
+        "top_p": warpers.TopPLogitsWarper,
+        "min_p": warpers.MinPLogitsWarper,
+        "typical_p": warpers.TypicalLogitsWarper,
+        "epsilon_cutoff": warpers.EpsilonLogitsWarper,
+    }
     for options in grid:
         scores = warpers.TemperatureLogitsWarper(temperature)(None, torch.tensor(logits))
-        if options["top_k"] is not None:
-            scores = warpers.TopKLogitsWarper(int(options["top_k"]))(None, scores)
-        if options["top_p"] is not None:
-            scores = warpers.TopPLogitsWarper(options["top_p"])(None, scores)
-        if options["min_p"] is not None:
-            scores = warpers.MinPLogitsWarper(options["min_p"])(None, scores)
+        for name, value in options.items():
+            scores = theirs[name](value)(None, scores)
         scaled = logits / np.float32(temperature)
         keep, expected = kept(scaled, **options), scores.numpy() > -INF
         if kind == "tied":  # which of equals top-p leaves is torch's unstable sort's choice
@@ -552,12 +604,36 @@ def test_filters_keep_exactly_the_tokens_that_transformers_keeps(kind, temperatu
         ({"temperature": INF}, "temperature=inf must be a finite number"),
         ({"temperature": float("nan")}, "temperature=nan must be"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"typical_p": 0.0}, r"typical_p=0.0 must be in \(0, 1\]"),
+        ({"epsilon_cutoff": 1.1}, r"epsilon_cutoff=1.1 must be in \[0, 1\]"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be above 0 or None"),
+        ({"repetition_penalty": INF}, "repetition_penalty=inf must be a finite number, or None"),
+        ({"presence_penalty": INF}, "presence_penalty=inf must be a finite number"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty=nan must be a finite number"),
+        ({"no_repeat_ngram": 0}, "no_repeat_ngram=0 must be at least 1 or None"),
+        ({"no_repeat_ngram": 2.0}, "no_repeat_ngram=2.0 must be a whole number"),
+        (
+            {"min_new_tokens": 9, "max_new_tokens": 8},
+            "min_new_tokens=9 must be at most max_new_tokens=8",
+        ),
+        ({"banned_tokens": (3, -1)}, r"banned_tokens=\(3, -1\) must be a tuple of token ids"),
+        ({"banned_tokens": [3]}, r"banned_tokens=\[3\] must be a tuple of token ids"),
+        ({"forced_tokens": (1.0,)}, r"forced_tokens=\(1.0,\) must be a tuple of token ids"),
+        (
+            {"forced_tokens": (1, 2, 3), "max_new_tokens": 2},
+            "forced_tokens has 3 ids, but must have at most max_new_tokens=2",
+        ),
+        (
+            {"forced_tokens": (1, 2), "banned_tokens": (3, 2)},
+            r"forced_tokens=\(1, 2\) holds \[2\], which banned_tokens forbids; remove",
+        ),
     ],
 )
 def test_a_setting_outside_its_range_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
-    Sampling(top_k=1, top_p=1, min_p=0, temperature=0)
+    Sampling(top_k=1, top_p=1, min_p=0, typical_p=1, epsilon_cutoff=0, temperature=0)
+    Sampling(max_new_tokens=2, min_new_tokens=2, forced_tokens=(1, 1), presence_penalty=-3)
 
 
 # The compiled program.
@@ -600,7 +676,9 @@ def test_a_filter_that_is_off_compiles_to_nothing_and_one_that_is_on_needs_no_so
 ):
     assert filters.apply(logits := jnp.zeros((2, 5))) is logits
     ordering = "u32[8,32]"  # logits as ordered integers, which only a filter looks at
-    on = program(model, prompts, top_k=3.0, top_p=0.9, min_p=0.1)
+    on = program(
+        model, prompts, top_k=3.0, top_p=0.9, min_p=0.1, typical_p=0.9, epsilon_cutoff=0.01
+    )
     assert ordering not in plain and ordering in on
     # XLA's sort takes 10 times as long as the search for the border (CPU, [32, 4096]).
     assert not re.search(r"\bsort\(", plain + on)

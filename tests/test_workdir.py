@@ -106,6 +106,24 @@ def test_any_other_change_is_refused_naming_field_values_and_remedy(config, name
     )
 
 
+class Newer(Experiment):
+    """What a later release of the library may declare."""
+
+    cutoff: float | None = None
+    banned: tuple[int, ...] = ()
+
+
+def test_a_setting_that_the_folder_does_not_have_yet_was_off():
+    finish(Experiment())
+    assert compare(Newer()) == {"gold": 0.5}
+    for changed in (Newer(cutoff=0.0), Newer(banned=(3,))):
+        with pytest.raises(ValueError, match=r"no (cutoff -> cutoff=0.0|banned -> banned=\[3\])"):
+            compare(changed)
+    finish(Newer())
+    with pytest.raises(ValueError, match="cutoff=null -> cutoff=0.5"):
+        compare(Newer(cutoff=0.5))
+
+
 def test_another_experiment_or_data_folder_is_refused_and_no_data_is_not(tmp_path):
     finish(Experiment(), data=tmp_path / "a")
     assert compare(Experiment()) and compare(Experiment(), data=pathlib.Path("a"))

@@ -16,7 +16,7 @@ from rlhf_jax import config, shards
 from rlhf_jax.data.records import Ends
 from rlhf_jax.models import decoding, transformer
 from rlhf_jax.sampling import decode, filters
-from rlhf_jax.sampling.decode import History, Processor
+from rlhf_jax.sampling.settings import History, Processor
 
 WORST = -1e9  # score of a hypothesis that is not there, as in transformers; finite, so it sorts
 

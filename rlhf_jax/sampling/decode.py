@@ -8,71 +8,38 @@ mesh.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rlhf_jax import config, shards
+from rlhf_jax import shards
 from rlhf_jax.data.records import Ends
 from rlhf_jax.models import decoding, transformer
-from rlhf_jax.sampling import filters
+from rlhf_jax.sampling import filters, penalties
+from rlhf_jax.sampling.settings import History, Processor, Sampling
 
 BLOCK = 16  # tokens between two checks of whether every row is done
 
 
-class Sampling(config.Config):
-    """How responses are drawn.
-
-    Real numbers are traced: a new value does not recompile. None switches a filter off statically,
-    so that nothing is compiled for it. The filters are applied in the order of the fields, each to
-    what the one before left: see `filters.apply`.
-    """
-
-    max_new_tokens: config.Count = 64  # longest response, EOS included
-    temperature: config.NonNegative = 1.0  # divides the logits; 0 takes the most likely token
-    top_k: Annotated[float, config.Range(1)] | None = None  # draw from the k most likely tokens
-    # Draw from the most likely tokens that together have this probability.
-    top_p: Annotated[float, config.Range(0, 1, open_low=True)] | None = None
-    min_p: config.Share | None = None  # draw from tokens with p >= min_p * the largest p
-
-    def check(self) -> None:
-        """Raises ValueError for a `top_k` that is not whole or an infinite temperature."""
-        if self.top_k is not None and not float(self.top_k).is_integer():
-            raise ValueError(f"top_k={self.top_k} must be a whole number of at least 1, or None")
-        if not math.isfinite(self.temperature):
-            raise ValueError(f"temperature={self.temperature} must be a finite number")
-
-
-class History(NamedTuple):
-    """What a processor may look at beside the logits. R is `max_new_tokens`."""
-
-    prompts: Int[Array, "B P"]  # padded on the left
-    attend: Int[Array, "B P"]  # 1 on the real tokens of the prompts
-    tokens: Int[Array, "B R"]  # drawn so far in the first `count` columns, then padding
-    count: Int[Array, ""]
-
-
 Choose = Callable[[Array, Array], Array]  # (logits [B, V], keys [B]) -> tokens [B]
-Processor = Callable[[Array, History], Array]  # (logits [B, V], history) -> logits [B, V]
 
 
 class Samples(NamedTuple):
     """Prompts with their sampled responses on the right. T = P + R.
 
     Log-probabilities are in nats, at the sampling temperature (at temperature 1 where that is 0),
-    and 0 where `mask` is 0. `filtered_logprobs` is the same array as `logprobs` where there are
-    neither processors nor filters.
+    and 0 where `mask` is 0. `filtered_logprobs` is the same array as `logprobs` where there are no
+    penalties, processors and filters.
     """
 
     tokens: Int[Array, "B T"]
     attend: Int[Array, "B T"]  # 1 on real tokens
     mask: Float[Array, "B T"]  # 1 on sampled tokens up to and including EOS
-    logprobs: Float[Array, "B T"]  # of the policy, before processors and filters
+    logprobs: Float[Array, "B T"]  # of the policy, before penalties, processors and filters
     filtered_logprobs: Float[Array, "B T"]  # of the distribution that was sampled
     lengths: Int[Array, " B"]  # number of sampled tokens
     finished: Float[Array, " B"]  # 1 if the row emitted EOS
@@ -182,7 +149,7 @@ def _logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Float[Ar
 
 
 def unprocessed(logits: Array, *_) -> Array:
-    """The logits unchanged: the default `process` of `draw` and `decode_loop`."""
+    """The logits unchanged: what `draw` and `decode_loop` do by default to penalise and process."""
     return logits
 
 
@@ -193,24 +160,40 @@ def draw(
     sampling: Sampling,
     choose: Choose = categorical,
     process: Callable[[Array], Array] = unprocessed,
+    penalise: Callable[[Array], Array] = unprocessed,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
     """Draws the token at `position` of each row's response. [B, V], [B] -> three arrays [B].
 
-    Returns the tokens, their log-probabilities before `process` and the filters, and those after
-    (the same array where there are neither). Temperature 0 takes the most likely token, the first
-    if several tie, without calling `choose`, and reports the log-probabilities at temperature 1.
+    The order is `penalise`, temperature, `process`, filters. Returns the tokens, their
+    log-probabilities under `logits` at the temperature alone, and those of the distribution that
+    was drawn from (the same array where nothing else changes the logits). Temperature 0 takes the
+    most likely token, the first if several tie, without filters and without calling `choose`, and
+    reports the log-probabilities at temperature 1.
     """
     is_greedy = sampling.temperature == 0
+
+    def at_temperature(logits):
+        # Not logits / where(..): XLA would multiply by the reciprocal, which rounds differently.
+        return jnp.where(is_greedy, logits, logits / sampling.temperature)
+
     logits = logits.astype(jnp.float32)
-    # Not logits / where(..): XLA would multiply by the reciprocal, which rounds differently.
-    logits = jnp.where(is_greedy, logits, logits / sampling.temperature)
+    penalised = penalise(logits)
+    policy = at_temperature(logits)
+    processed = process(policy if penalised is logits else at_temperature(penalised))
     allowed = filters.apply(
-        process(logits), top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
+        processed,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        typical_p=sampling.typical_p,
+        epsilon_cutoff=sampling.epsilon_cutoff,
     )
+    if allowed is not processed:  # `typical_p` may drop the most likely token
+        allowed = jnp.where(is_greedy, processed, allowed)
     noise = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
     tokens = jax.lax.cond(is_greedy, greedy, choose, allowed, noise)
-    logprobs = _logprobs(logits, tokens)
-    return tokens, logprobs, logprobs if allowed is logits else _logprobs(allowed, tokens)
+    logprobs = _logprobs(policy, tokens)
+    return tokens, logprobs, logprobs if allowed is policy else _logprobs(allowed, tokens)
 
 
 def _lengths(ends: Bool[Array, "B R"]) -> Int[Array, " B"]:
@@ -269,12 +252,14 @@ def decode_loop(
     ends: Ends,
     choose: Choose = categorical,
     process: Callable[[Array, Array, Array], Array] = unprocessed,
+    penalise: Callable[[Array, Array, Array], Array] = unprocessed,
 ) -> Drawn:
     """Draws up to R tokens per row. `step(cache, tokens [B]) -> (logits [B, V], cache)`.
 
     `logits` are those after the prompt. `process(logits [B, V], tokens [B, R], count) -> logits`
-    changes them after the temperature and before the filters; the first `count` columns of its
-    `tokens` are drawn. Any callable will do as `step`, so a stub of three lines can test the loop.
+    changes them after the temperature and before the filters, and `penalise` of the same arguments
+    before the temperature; the first `count` columns of `tokens` are drawn. Any callable will do as
+    `step`, so a stub of three lines can test the loop.
     """
     longest = sampling.max_new_tokens
     blocks = -(-(longest - 1) // BLOCK)
@@ -282,10 +267,11 @@ def decode_loop(
     block = -(-(longest - 1) // max(blocks, 1))
 
     def append(loop: _Loop, logits) -> _Loop:
-        def processed(logits):
-            return process(logits, loop.tokens[:, :longest], loop.count)
+        def changed_by(function):
+            return lambda logits: function(logits, loop.tokens[:, :longest], loop.count)
 
-        drawn = draw(logits, keys, loop.count, sampling, choose, processed)
+        how = {"process": changed_by(process), "penalise": changed_by(penalise)}
+        drawn = draw(logits, keys, loop.count, sampling, choose, **how)
         return _append(loop, *drawn, ends)
 
     def advance(_, loop: _Loop) -> _Loop:
@@ -352,11 +338,11 @@ def sample(
     cache is held once, so N responses cost less than N rows with the same prompt.
 
     A pure function, to be jitted (with `ends`, `choose` and `processors` static). The processors
-    change the logits one after another, after the temperature and before the filters of `sampling`;
-    then `choose` draws. `logprobs` of the result are those of the policy itself at the temperature,
-    `filtered_logprobs` those of the distribution that was sampled. Temperature 0 takes the most
-    likely token, the first if several tie, without calling `choose`, and both log-probabilities are
-    then those at temperature 1.
+    change the logits one after another, after the penalties and the temperature of `sampling` and
+    before its filters; then `choose` draws. `logprobs` of the result are those of the policy itself
+    at the temperature, `filtered_logprobs` those of the distribution that was sampled. Temperature
+    0 takes the most likely token, the first if several tie, without filters and without calling
+    `choose`, and both log-probabilities are then those at temperature 1.
     Raises ValueError if `pad_id` is an EOS id, if the rows are too long for the model, if the
     prompts do not divide the keys, or if they are padded on the right. The last is checked outside
     of jit only: before tracing, call `check_prompts` on the arrays.
@@ -377,6 +363,9 @@ def sample(
         hidden, cache = decoding.decode(model, cache, token)
         return transformer.logits(model, hidden), cache
 
+    def penalise(logits, tokens, count):
+        return penalties.apply(sampling, ends, logits, History(prompts, attend, tokens, count))
+
     def process(logits, tokens, count):
         history = History(prompts, attend, tokens, count)
         for processor in processors:
@@ -392,5 +381,6 @@ def sample(
         ends=ends,
         choose=choose,
         process=process,
+        penalise=penalise,
     )
     return _samples(prompts, attend, drawn, ends)

@@ -1,4 +1,4 @@
-"""Top-k, top-p and min-p: filters of the logits, whose numbers may be traced.
+"""Filters of the logits: top-k, top-p, min-p, typical-p, epsilon. Their numbers may be traced.
 
 Where a mesh splits the vocabulary, no device gathers it. Sums over the vocabulary add up blocks of
 a size that does not depend on the mesh, so that every mesh draws the same tokens.
@@ -51,14 +51,20 @@ def apply(
     top_k: Number | None = None,
     top_p: Number | None = None,
     min_p: Number | None = None,
+    typical_p: Number | None = None,
+    epsilon_cutoff: Number | None = None,
 ) -> Float[Array, "B V"]:
     """Sets the logits of the tokens that may not be drawn to -inf. [B, V] -> [B, V].
 
     `logits` are already divided by the temperature. `top_k` keeps the k most likely tokens (all of
     those tied at the threshold; a k above V keeps all). `top_p` keeps the smallest set of most
     likely tokens whose probability reaches p, including the token that crosses it. `min_p` drops
-    tokens less likely than min_p times the most likely one. They are applied in this order, each to
-    what the one before left, as transformers does. A filter that is None compiles to nothing.
+    tokens less likely than min_p times the most likely one. `typical_p` keeps the smallest set of
+    tokens with -log p nearest to the entropy whose probability reaches p, and all of those tied at
+    the border (Meister et al. 2022, arXiv 2202.00666); the most likely token may be dropped.
+    `epsilon_cutoff` drops tokens less likely than it, but not the most likely ones (Hewitt et al.
+    2022, arXiv 2210.15191). They are applied in this order, each to what the one before left, and
+    keep the tokens that transformers keeps. A filter that is None compiles to nothing.
     """
     if top_k is not None:
         size = logits.shape[-1]
@@ -72,13 +78,24 @@ def apply(
         # p_i < min_p * p_max, in logs; the normaliser cancels.
         limit = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
         logits = jnp.where(logits < limit, -jnp.inf, logits)
+    if typical_p is not None:
+        logits = _typical_p(logits, typical_p)
+    if epsilon_cutoff is not None:
+        is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
+        drop = (_probabilities(logits) < epsilon_cutoff) & ~is_largest
+        logits = jnp.where(drop, -jnp.inf, logits)
     return logits
+
+
+def _probabilities(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """softmax(logits), the same on every mesh."""
+    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    return mass / total(mass)
 
 
 def _top_p(logits, p):
     """Drops tokens, least likely first, while their total probability stays <= 1 - p."""
-    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    mass = mass / total(mass)
+    mass = _probabilities(logits)
     threshold = _threshold(logits, mass, 1.0 - p)
     below, tied = logits < threshold, logits == threshold
     # Of the tokens tied at the threshold only as many are kept as p needs: the last ones, as after
@@ -88,6 +105,17 @@ def _top_p(logits, p):
     rank, count = _rank(tied)
     drop = below | (tied & (rank <= jnp.floor(room / each)) & (rank < count))
     return jnp.where(drop, -jnp.inf, logits)
+
+
+def _typical_p(logits, p):
+    """Drops tokens, least typical first, while their total probability stays <= 1 - p."""
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logprobs = shifted - jnp.log(total(jnp.exp(shifted)))
+    mass = jnp.exp(logprobs)
+    # A token of probability 0 adds nothing to the entropy, though its log-probability may be -inf.
+    entropy = -total(jnp.where(mass > 0, mass * logprobs, 0.0))
+    typicality = -jnp.abs(logprobs + entropy)
+    return jnp.where(typicality < _threshold(typicality, mass, 1.0 - p), -jnp.inf, logits)
 
 
 def _rank(chosen: Bool[Array, "B V"]) -> tuple[Float[Array, "B V"], Float[Array, "B 1"]]:
@@ -100,14 +128,14 @@ def _rank(chosen: Bool[Array, "B V"]) -> tuple[Float[Array, "B V"], Float[Array,
 
 
 def _threshold(
-    logits: Float[Array, "B V"], weights: Float[Array, "B V"], room
+    values: Float[Array, "B V"], weights: Float[Array, "B V"], room
 ) -> Float[Array, "B 1"]:
-    """The largest logit of each row such that the tokens below it weigh <= `room` in total.
+    """The largest value of each row such that the tokens below it weigh <= `room` in total.
 
     Found bit by bit in 32 weighted counts, without a sort: at B=32, V=4096 on 2 cores XLA's sort
     takes 25 ms per token, three times the rest of a decoding step.
     """
-    ordered = _ordered(logits)
+    ordered = _ordered(values)
 
     def refine(i, threshold):
         higher = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
@@ -115,9 +143,9 @@ def _threshold(
         return jnp.where(below <= room, higher, threshold)
 
     threshold = jax.lax.fori_loop(0, 32, refine, jnp.zeros_like(ordered[:, :1]))
-    # Keeps the most likely token even where rounding would allow to drop all.
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(ordered >= threshold, logits, largest), axis=-1, keepdims=True)
+    # Keeps the token of the largest value even where rounding would allow to drop all.
+    largest = jnp.max(values, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(ordered >= threshold, values, largest), axis=-1, keepdims=True)
 
 
 def _ordered(x: Float[Array, "B V"]):

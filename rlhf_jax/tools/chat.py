@@ -35,8 +35,8 @@ from rlhf_jax.folders import Pretrained
 from rlhf_jax.launch import command
 from rlhf_jax.models import decoding, transformer
 from rlhf_jax.models.transformer import Compute, Precision
-from rlhf_jax.sampling import decode
-from rlhf_jax.sampling.decode import Sampling
+from rlhf_jax.sampling import decode, penalties
+from rlhf_jax.sampling.settings import History, Sampling
 
 SAMPLING = Sampling(max_new_tokens=256, temperature=0.8)  # unless flags say otherwise
 MIN_WIDTH = 32  # tokens; shorter prompts are padded to this width
@@ -101,22 +101,32 @@ def padded(
     return tokens[None], (np.arange(width) >= padding).astype(np.int32)[None]
 
 
-@functools.partial(jax.jit, static_argnames=("size",))
-def _first_token(model, tokens, attend, key, sampling, *, size):
+@functools.partial(jax.jit, static_argnames=("size", "ends"))
+def _first_token(model, tokens, attend, key, sampling, *, size, ends):
     """Reads the prompt into a key-value cache of `size` positions and draws the first token."""
     hidden, cache = decoding.prefill(model, tokens, attend, size)
-    return _draw(model, hidden, key, 0, sampling), cache
+    drawn = jnp.full((1, sampling.max_new_tokens), ends.pad_id, jnp.int32)
+    history = History(tokens, attend, drawn, jnp.int32(0))
+    return _draw(model, hidden, key, history, sampling, ends), cache, history
 
 
-@functools.partial(jax.jit, donate_argnames=("cache",))
-def _next_token(model, cache, token, key, position, sampling):
-    """Appends a token to the cache and draws the one after it."""
+@functools.partial(jax.jit, static_argnames=("ends",), donate_argnames=("cache",))
+def _next_token(model, cache, token, key, history, sampling, *, ends):
+    """Appends a token to cache and history and draws the one after it."""
     hidden, cache = decoding.decode(model, cache, token)
-    return _draw(model, hidden, key, position, sampling), cache
+    drawn = jax.lax.dynamic_update_slice(history.tokens, token[:, None], (0, history.count))
+    history = history._replace(tokens=drawn, count=history.count + 1)
+    return _draw(model, hidden, key, history, sampling, ends), cache, history
 
 
-def _draw(model, hidden, key, position, sampling):
-    token, *_ = decode.draw(transformer.logits(model, hidden), key, position, sampling)
+def _draw(model, hidden, key, history, sampling, ends):
+    token, *_ = decode.draw(
+        transformer.logits(model, hidden),
+        key,
+        history.count,
+        sampling,
+        penalise=lambda logits: penalties.apply(sampling, ends, logits, history),
+    )
     return token
 
 
@@ -131,16 +141,17 @@ def stream_tokens(
     model, tokenizer = pretrained
     tokens, attend = padded(pretrained, sampling, ids)
     size = tokens.shape[1] + sampling.max_new_tokens
-    token, cache = _first_token(model, tokens, attend, key, sampling, size=size)
-    for position in range(1, sampling.max_new_tokens + 1):
+    ends = tokenizer.ends
+    token, cache, history = _first_token(model, tokens, attend, key, sampling, size=size, ends=ends)
+    for _ in range(sampling.max_new_tokens):
         # The next step is started before its input is looked at, so that the device computes while
         # the host prints. The step after the last token is wasted.
-        following = _next_token(model, cache, token, key, jnp.int32(position), sampling)
+        following = _next_token(model, cache, token, key, history, sampling, ends=ends)
         drawn = int(token[0])
         if drawn in tokenizer.eos_ids:
             return
         yield drawn
-        token, cache = following
+        token, cache, history = following
 
 
 def stream_text(tokenizer: Tokenizer, ids: list[int], tokens: Iterable[int]) -> Iterator[str]:
