@@ -42,6 +42,8 @@ setup(
         "rich>=13",
         "tensorboardX>=2.6",
         "matplotlib>=3.8",
+        "sacrebleu>=2.4",
+        "rouge-score>=0.1.2",
         "jaxtyping>=0.3",
         "numpy>=1.26",
     ],

@@ -36,7 +36,7 @@ class Exit(enum.IntEnum):
     """How every program of this library ends; 0 where it has done what was asked."""
 
     BAD_INPUT = 2  # a wrong flag (tyro's own exit code), value, file or row
-    TRAINING_STOPPED = 3  # a non-finite loss or gradient, or a numeric check that failed
+    TRAINING_STOPPED = 3  # a non-finite loss or gradient, a failed check, a reward that hangs
     DOES_NOT_FIT = 4  # what `--plan` compiled needs more memory than a chip has
     INTERRUPTED = 130  # by ctrl-C: 128 + SIGINT, as in shells
 

@@ -69,6 +69,7 @@ class Config(config.Config):
     # Where filters, penalties or processors make the sampler another distribution than the policy.
     off_policy: on_policy.Correction = "refuse"
     max_weight: Positive = 2.0  # of policy / sampler, with off_policy="weight"
+    reward_timeout: Positive | None = None  # seconds a reward in Python may take per iteration
     save_every: Count = 25  # iterations between checkpoints
     eval_every: Whole = 0  # iterations between evaluations; 0 is never
     seed: Whole = 0
@@ -407,7 +408,9 @@ def run(
         state = sharding.initialise(mesh, init_state, config, algorithm.memory, trained)
         del trained  # the state holds a copy
         programs = compile_programs(algorithm, drawing, score, mesh, state, frozen)
-        host_scores = reward and functools.partial(host.scores, reward, tokenizer, prompts.examples)
+        host_scores = reward and host.for_run(
+            reward, tokenizer, prompts.examples, config.reward_timeout
+        )
 
         def figures(done: int, state: State) -> dict[str, float]:
             return evaluate(done, loop.models_of(given, state.train)["policy"])
@@ -462,8 +465,14 @@ def _iterate(
     batch = sharding.put_rows(mesh, batch)
     samples, index = programs.sample(config, params, state.iteration, batch)
     rollout = programs.judge(config, params, samples, index)
+    parts = {}
     if host_scores is not None:  # while the device runs `judge`
-        scores = sharding.put_own_rows(mesh, host_scores(samples, index), config.num_responses)
+        scores, parts = jax.tree.map(
+            lambda x: sharding.put_own_rows(mesh, x, config.num_responses),
+            host_scores(samples, index, rollout.ref_logprobs),
+        )
         rollout = rollout._replace(scores=scores)
     state, metrics = programs.update(config, state, frozen, rollout)
+    if parts:
+        metrics |= host.report(mesh, parts)
     return state, loop.Outcome(metrics, metrics["num_tokens"], rollout)

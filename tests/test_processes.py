@@ -110,6 +110,8 @@ def test_every_stage_of_two_processes_reports_what_one_process_reports(runs):
     found, expected = (json.loads((x / "summary.json").read_text()) for x in runs)
     scores = [x[name] for x in (found, expected) for name in x if name.startswith("in Python")]
     assert len(scores) == 4 and len(scores[0]) == 8 and all(x == scores[0] for x in scores)
+    lengths = [x[name] for x in (found, expected) for name in x if name.startswith("mean length")]
+    assert lengths == [np.mean(np.mod(scores[0], 100))] * 4
     for stage in ("sft", "reward_model", "ppo"):
         assert_close(found[stage], expected[stage])
     texts = [(x / "samples.jsonl").read_text() for x in runs]

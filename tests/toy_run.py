@@ -50,25 +50,31 @@ config = Config(
 
 
 def scored_in_python(mesh, exam, answers):
-    """The scores of a reward in Python for eight answers that are split over a mesh, in order."""
+    """What a reward in Python gives eight answers that are split over a mesh: scores, and the mean
+    of a part."""
     asked = []
 
     def length_and_prompt(prompts, responses, rows):
         assert prompts == [row.prompt for row in rows]
         asked.extend(prompts)
-        return [len(r.encode()) + 100.0 * ord(p[0]) for p, r in zip(prompts, responses)]
+        lengths = [len(r.encode()) for r in responses]
+        scores = [length + 100.0 * ord(p[0]) for length, p in zip(lengths, prompts)]
+        return host.Scored(scores, {"length": lengths})
 
     places = sharding.process_rows(mesh, 8)
     rows = jax.tree.map(lambda x: np.resize(x, (8, *x.shape[1:]))[places], answers)
     index = np.arange(8)[places] % len(exam.prompts.examples)
     samples, index = sharding.put_rows(mesh, (rows, index))
-    scores = host.scores(length_and_prompt, exam.tokenizer, exam.prompts.examples, samples, index)
-    assert len(asked) == len(scores)
+    score = host.for_run(length_and_prompt, exam.tokenizer, exam.prompts.examples, None)
+    own = score(samples, index, samples.tokens)
+    assert len(asked) == len(own.scores)
     counts = processes.texts(str(len(asked)))
     assert sum(map(int, counts)) == 8  # each answer once, by whichever process
-    placed = sharding.put_own_rows(mesh, scores, 8)
-    assert placed.sharding == sharding.rows(mesh)
-    return sharding.to_host(placed).tolist()
+    scores, parts = jax.tree.map(lambda x: sharding.put_own_rows(mesh, x, 8), own)
+    assert scores.sharding == sharding.rows(mesh)
+    told = host.report(mesh, parts)
+    assert set(told) == {"reward/length", "reward/seconds", "reward/waited"}
+    return sharding.to_host(scores).tolist(), float(told["reward/length"])
 
 
 def run(config, context):
@@ -119,8 +125,9 @@ def run(config, context):
     answers = evaluation.answer(exam, trained)
     # Rows over both processes, and tensors over both: then the first one scores for the other.
     for mesh in (context.mesh, sharding.make_mesh(fsdp=1, tensor=8)):
-        scores = scored_in_python(mesh, exam, answers)
+        scores, length = scored_in_python(mesh, exam, answers)
         summary[f"in Python, tensor={mesh.shape['tensor']}"] = scores
+        summary[f"mean length, tensor={mesh.shape['tensor']}"] = length
     return summary
 
 

@@ -16,7 +16,7 @@ from rlhf_jax.models import partition, stacking
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on: a non-finite loss, or a numeric check that failed. One line says why.
+    """Training cannot go on: a non-finite loss, a failed check, a reward that hangs. One line.
 
     The last good checkpoint is intact: nothing is saved after the step that is named.
     """
