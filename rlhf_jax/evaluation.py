@@ -39,7 +39,7 @@ class Exam(NamedTuple):
     sampling: Sampling
     reference: Model  # the policy that KL is measured to
     scorer: Any = None  # the parameters of `score`
-    score: Score = learned.score
+    score: Score | None = learned.score  # None: there is no reward, and all scores are 0
     gold: Gold | None = None  # None where it is unknown
     micro_batches: int = 1
     seed: int = 0
@@ -130,7 +130,7 @@ def program(
     mesh: jax.sharding.Mesh,
     *,
     name: str = "evaluation: answer",
-    score: Score = learned.score,
+    score: Score | None = learned.score,
     resident: Any = (),
 ) -> Program:
     """What `answer` runs on a batch of prompts. All but `sampling` are shapes: see `abstract`."""

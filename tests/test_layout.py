@@ -33,6 +33,7 @@ LAYERS = {
     "models": 2,
     "training": 2,
     "losses.py": 1,
+    "preference_losses.py": 1,
     "advantages.py": 1,
     "sharding.py": 0,
     "allocator.py": 0,

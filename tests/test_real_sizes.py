@@ -190,6 +190,7 @@ LISTED = {
     "quickstart": (12, None),
     "stories_sentiment": (11, None),
     "own_data": (16, own_data),
+    "dpo_own_data": (5, None),
     "sft_alpaca_zh": (3, None),
     "reward_model_harmless": (6, preferences),
     "reward_model_gpt4_comparisons": (9, None),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rlhf_jax import abstract, losses
+from rlhf_jax import abstract, losses, preference_losses
 from rlhf_jax.abstract import Stage
 from rlhf_jax.config import Count, NonNegative, Whole
 from rlhf_jax.data import epoch, loader
@@ -131,32 +131,16 @@ def _mean_over_prompts(
     config: Config, scores: Float[Array, "B K"], ranking: Float[Array, " B"], batch: Comparisons
 ):
     pairs = losses.ranked_pairs(batch.ranks, batch.present)
-    better, worse = _each_pair(scores)
-    penalty = losses.centring_penalty(chosen=better, rejected=worse)
+    penalty = losses.centring_penalty(chosen=scores[:, :, None], rejected=scores[:, None, :])
     centring = losses.masked_mean(penalty, pairs, axis=(1, 2))
     usable = jnp.max(pairs, axis=(1, 2))
     value = losses.masked_mean(ranking + config.centring_coef * centring, usable)
     return value, _metrics(scores, batch)
 
 
-def _each_pair(scores: Float[Array, "B K"]) -> list[Float[Array, "B K K"]]:
-    """The scores of i and of j at [b, i, j]."""
-    return jnp.broadcast_arrays(scores[:, :, None], scores[:, None, :])
-
-
 def _metrics(scores: Float[Array, "B K"], batch: Comparisons) -> dict[str, Array]:
-    """Means over the pairs in which one response is ranked above the other."""
     pairs = losses.ranked_pairs(batch.ranks, batch.present)
-    chosen, rejected = _each_pair(scores)
-    correct = (chosen > rejected) + 0.5 * (chosen == rejected)
-    return {
-        "rewards/accuracies": losses.masked_mean(correct, pairs),
-        "rewards/margins": losses.masked_mean(chosen - rejected, pairs),
-        "rewards/chosen": losses.masked_mean(chosen, pairs),
-        "rewards/rejected": losses.masked_mean(rejected, pairs),
-        "num_pairs": jnp.sum(pairs),
-        "num_prompts": jnp.sum(jnp.max(pairs, axis=(1, 2))),
-    }
+    return preference_losses.pair_metrics(scores, pairs)
 
 
 def init_scorer(policy: Model, key: Array) -> Model:

@@ -7,7 +7,9 @@ is made of this `Config`, `run` and `programs`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -47,19 +49,14 @@ QWEN = transformer.Config(
 ENDS = Ends(eos_ids=(1,), pad_id=0)
 
 
-class Config(configuration.Config):
-    """What is trained on what. "" means not given; lengths are in tokens."""
+class Common(configuration.Config):
+    """What every experiment on the user's own files is told. "" is not given; lengths in tokens."""
 
     seed: Whole = 0  # of every stage; a stage's own seed is folded into it
     model: Source = ""  # folder or org/name of a language model
-    demonstrations: Source = ""  # file of responses to imitate
-    # Where the fields fit several formats, or none: the name of one, or "en:de" (source:target).
-    demonstrations_format: str = ""
     preferences: Source = ""  # file of comparisons
-    preferences_format: str = ""  # as demonstrations_format
-    prompts: Source = ""  # file of prompts for PPO; if not given, those of the preferences
-    prompts_format: str = ""  # as demonstrations_format
-    scorer: Source = ""  # folder or org/name of a reward model, which is then not trained
+    # Where the fields fit several formats, or none: the name of one, or "en:de" (source:target).
+    preferences_format: str = ""
     held_out: Share = 0.1  # share of the prompts that nothing is trained on
     max_prompt: Count = 128  # what is longer is dropped and counted
     max_response: Count = 128  # EOS included
@@ -72,12 +69,22 @@ class Config(configuration.Config):
     # What `--plan` compiles where no model is named. What it says of `dtype`, `remat` and
     # `scan_layers`, which no folder states, holds for the models that are trained too.
     shape: transformer.Config = QWEN
+    num_shown: Count = 4  # prompts in the table of samples
+
+
+class Config(Common):
+    """What is trained on what."""
+
+    demonstrations: Source = ""  # file of responses to imitate
+    demonstrations_format: str = ""  # as preferences_format
+    prompts: Source = ""  # file of prompts for PPO; if not given, those of the preferences
+    prompts_format: str = ""  # as preferences_format
+    scorer: Source = ""  # folder or org/name of a reward model, which is then not trained
     judge_draws: Count = 4  # answers to each held-out prompt that the judge compares
     sft: sft.Config
     reward_model: reward_model.Config
     ppo: ppo.Config
     best_of: Count = 4  # answers to each held-out prompt: the n of best-of-n
-    num_shown: Count = 4  # prompts in the table of samples
 
 
 def open_tokenizer(folder: pathlib.Path, plain_template: bool) -> tokenizers.Tokenizer:
@@ -100,13 +107,13 @@ def open_scorer(config: Config, context: Context, tokenizer: tokenizers.Tokenize
     return scorer
 
 
-def compute_of(config: Config, context: Context) -> Compute:
+def compute_of(config: Common, context: Context) -> Compute:
     """How models are computed: as the command line says, or else as `config.shape` does."""
     shape = context.compute.of(config.shape)
     return Compute(shape.dtype, shape.remat, shape.scan_layers)
 
 
-def adapted(config: Config, policy: Model) -> Model:
+def adapted(config: Common, policy: Model) -> Model:
     """The model with an adapter, where one is asked for."""
     if not config.lora_rank:
         return policy
@@ -137,7 +144,7 @@ class File(NamedTuple):
     kinds: set[str]  # of its prompts: "messages", "text", or "none" for text without a prompt
 
 
-def open_file(config: Config, path: str, format: str) -> File | None:
+def open_file(config: Common, path: str, format: str) -> File | None:
     """The file, None without a path. Raises ValueError if one part of the split would be empty."""
     if not path:
         return None
@@ -162,7 +169,7 @@ def open_file(config: Config, path: str, format: str) -> File | None:
 
 
 def check_prompts(
-    config: Config, template: bool, demonstrations: File | None, others: list[File]
+    config: Common, template: bool, demonstrations: File | None, others: list[File]
 ) -> None:
     """Raises ValueError if prompts of different files would be formatted differently.
 
@@ -187,25 +194,37 @@ def check_prompts(
         )
 
 
+def tokenised(
+    config: Common,
+    tokenizer: tokenizers.Tokenizer,
+    tokenize: Callable[..., Examples],
+    file: File,
+    rows: list,
+    *sizes: int,
+    parse: Callable = formats.read,
+) -> Examples:
+    """Rows of a file as examples. Where the tokenizer has a chat template, prompts go through it.
+
+    `tokenize` is a function of `batches` and `sizes` are its limits.
+    """
+    format = file.format
+    if tokenizer.chat_template is not None and not config.raw_prompts:
+        format = formats.as_messages(format, parse)
+    return tokenize(rows, tokenizer, *sizes, format=format, on_bad_row=config.on_bad_row)
+
+
 def read(config: Config, tokenizer: tokenizers.Tokenizer) -> Data:
     """Reads all files before anything is trained. Raises ValueError for unusable files.
 
-    Where the tokenizer has a chat template, all prompts go through it, whichever files are given,
-    so that SFT, the reward model and PPO see the same format.
+    All prompts are formatted alike (`tokenised`), whichever files are given, so that SFT, the
+    reward model and PPO see the same format.
     """
     demonstrations = open_file(config, config.demonstrations, config.demonstrations_format)
     preferences = open_file(config, config.preferences, config.preferences_format)
     prompts = open_file(config, config.prompts, config.prompts_format) or preferences
-    template = tokenizer.chat_template is not None
-    check_prompts(
-        config, template, demonstrations, [file for file in (preferences, prompts) if file]
-    )
-    template = template and not config.raw_prompts
-
-    def examples(tokenize, file: File, rows: list, *sizes: int, parse=formats.read) -> Examples:
-        format = formats.as_messages(file.format, parse) if template else file.format
-        return tokenize(rows, tokenizer, *sizes, format=format, on_bad_row=config.on_bad_row)
-
+    others = [file for file in (preferences, prompts) if file]
+    check_prompts(config, tokenizer.chat_template is not None, demonstrations, others)
+    examples = functools.partial(tokenised, config, tokenizer)
     sizes = (config.max_prompt, config.max_response)
     found = dict.fromkeys(Data._fields)
     if demonstrations:
