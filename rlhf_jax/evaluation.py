@@ -21,7 +21,7 @@ from rlhf_jax.data.batches import Loader
 from rlhf_jax.data.records import Ends, Prompts
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models.transformer import Model
-from rlhf_jax.rewards import learned
+from rlhf_jax.rewards import host, learned
 from rlhf_jax.sampling import rollout as rollouts
 from rlhf_jax.sampling.decode import Sampling
 from rlhf_jax.sampling.rollout import Drawing, Score
@@ -39,7 +39,8 @@ class Exam(NamedTuple):
     sampling: Sampling
     reference: Model  # the policy that KL is measured to
     scorer: Any = None  # the parameters of `score`
-    score: Score | None = learned.score  # None: there is no reward, and all scores are 0
+    score: Score | None = learned.score  # None: there is no such reward, and all scores are 0
+    reward: host.Reward | None = None  # in Python; it scores the answers instead of `score`
     gold: Gold | None = None  # None where it is unknown
     micro_batches: int = 1
     seed: int = 0
@@ -79,12 +80,16 @@ class Comparison(NamedTuple):
 
 
 def answer(exam: Exam, policy: Model, number: int = 0) -> Answers:
-    """Answer `number` of `policy` to every prompt, scored by the exam's reward."""
+    """Answer `number` of `policy` to every prompt, scored by the exam's reward.
+
+    A reward in Python reads texts, which are made in `assess`: here the scores are then 0.
+    """
+    score = None if exam.reward else exam.score
     # A number that no iteration of training has: those count from 0.
     key = jax.random.fold_in(jax.random.key(exam.seed), 2**31 - 1)
     return epoch.rows(
         _answer,
-        (Drawing(exam.tokenizer.ends), exam.score, exam.micro_batches),
+        (Drawing(exam.tokenizer.ends), score, exam.micro_batches),
         (
             exam.sampling,
             {"policy": policy, "reference": exam.reference, "scorer": exam.scorer},
@@ -133,7 +138,10 @@ def program(
     score: Score | None = learned.score,
     resident: Any = (),
 ) -> Program:
-    """What `answer` runs on a batch of prompts. All but `sampling` are shapes: see `abstract`."""
+    """What `answer` runs on a batch of prompts. All but `sampling` are shapes: see `abstract`.
+
+    `score=None` is for an exam with a reward in Python.
+    """
     key, number = abstract.whole(mesh, (jax.random.key(0), jnp.int32(0)))
     params = {"policy": policy, "reference": reference, "scorer": scorer}
     static = (Drawing(ends), score, 1)
@@ -150,12 +158,15 @@ def evaluate(exam: Exam, policy: Model, number: int = 0) -> Evaluation:
 def assess(exam: Exam, answers: Answers) -> Evaluation:
     """Answers as texts and figures."""
     prompts, responses = rollouts.texts(exam.tokenizer, answers)
-    gold = None
+    gold, scores = None, answers.scores
+    if exam.reward is not None:
+        examples, numbers = exam.prompts.examples, np.arange(len(prompts))
+        scores = host.scores(exam.reward, exam.tokenizer, examples, answers, numbers)
     if exam.gold is not None:
         gold = np.array([exam.gold(*pair) for pair in zip(prompts, responses)])
     nats = -np.sum(answers.ref_logprobs * answers.mask, axis=1)
     kl = np.sum(answers.logprobs * answers.mask, axis=1) + nats
-    return Evaluation(prompts, responses, gold, answers.scores, kl, nats, answers.lengths)
+    return Evaluation(prompts, responses, gold, scores, kl, nats, answers.lengths)
 
 
 def figures(found: Evaluation) -> dict[str, float]:

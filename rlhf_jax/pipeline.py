@@ -131,15 +131,16 @@ def online(
     context: Context,
     task: Task,
     policy: Model,
-    scorer: Model,
+    scorer: Model | None,
     *,
     stage: str,
     seed: int,
     **options: Any,
 ) -> Any:
-    """One online stage against a learned reward: the algorithm's result.
+    """One online stage: the algorithm's result.
 
-    `options` go to `run` (for example a critic). The gold score is logged in training where the
+    The reward is `scorer`, a learned one, or one of the options: `score` or `reward`. These go to
+    `run`, as all options do (for example a critic). The gold score is logged in training where the
     task has one, and if the configuration has `eval_every`, held-out prompts are also answered.
     """
     tokenizers.check_vocab(task.tokenizer, policy.config.vocab_size)
@@ -147,8 +148,9 @@ def online(
     if task.gold is not None:
         options["observe"] = lambda rollout: _gold(task, rollout)
     if config.eval_every:
+        judged = {name: options[name] for name in ("score", "reward") if name in options}
         held_out = exam(
-            context, task, policy, scorer, config.sampling, config.batch_size, seed=seed
+            context, task, policy, scorer, config.sampling, config.batch_size, seed=seed, **judged
         )
 
         def evaluate(done: int, policy: Model) -> dict[str, float]:

@@ -111,6 +111,12 @@ def _mesh_of_slices(shape: tuple[int, int, int], devices: list, slices: int) -> 
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def mesh_of(arrays) -> Mesh | None:
+    """The mesh that a tree of arrays is on, by its first array; None where that is on no mesh."""
+    where = _mesh_sharding(jax.tree.leaves(arrays)[0])
+    return where and where.mesh
+
+
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """The number of pieces into which the mesh splits the rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

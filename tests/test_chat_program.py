@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rlhf_jax.data import tokenizers
+from rlhf_jax import texts
 from rlhf_jax.folders import Pretrained
 from rlhf_jax.models import transformer
 from rlhf_jax.sampling import decode
@@ -114,7 +114,7 @@ def test_a_long_conversation_forgets_its_first_turns_but_not_the_system(pretrain
     assert tiny.TOKENIZER.decode(ids) == "ssssss\nuuuuuuaaaaaa\nnow"
     assert "no longer fits" in capsys.readouterr().err
     with pytest.raises(ValueError, match="the prompt has 40 tokens, but .* has room for 24"):
-        chat.padded(pretrained, sampling, [65] * 40)
+        texts.padded(*pretrained, sampling, [65] * 40)
 
 
 def test_greedy_continuations_are_the_references_token_for_token(talk, real_data):
@@ -163,25 +163,16 @@ def test_a_folder_without_a_model_is_one_line_and_exit_code_2(
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_answers_do_not_depend_on_the_batch(pretrained):
+def test_the_stream_is_the_answer_to_a_prompt_of_a_file(pretrained):
     sampling = Sampling(max_new_tokens=8, temperature=1.5)
-    prompts = [respond.encode(tiny.TOKENIZER, text) for text in ("ab", "cde", "fg")]
-    few = respond.answers(pretrained, sampling, prompts, seed=0, num_samples=3, batch_size=2)
-    many = respond.answers(pretrained, sampling, prompts, seed=0, num_samples=3, batch_size=16)
-    assert few == many and [len(texts) for texts in few] == [3, 3, 3]
-    assert len({text for texts in few for text in texts}) == 9
+    asked = (["ab", "cde", "fg"], sampling)
+    answers = texts.generate(*pretrained, *asked, num_samples=3, progress=False)
     key = decode.row_keys(jax.random.key(0), jnp.array([1]), 2)  # prompt 1, sample 2
     ids = tiny.TOKENIZER.encode("cde")
     streamed = chat.stream_text(
         tiny.TOKENIZER, ids, chat.stream_tokens(pretrained, sampling, ids, key)
     )
-    assert few[1][2] == "".join(streamed)
-    turns = [{"role": "user", "content": "fg"}]
-    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
-        respond.encode(tiny.TOKENIZER, turns)
-    chats = tiny.TOKENIZER.with_template(tokenizers.PLAIN_TEMPLATE)
-    assert respond.encode(chats, " fg\n") == respond.encode(chats, turns)
-    assert respond.encode(chats, "fg", raw_prompts=True) == tiny.TOKENIZER.encode("fg")
+    assert answers[3 + 2] == "".join(streamed)
 
 
 def test_past_failures_are_answered_by_a_checkpoint_and_labelled(tmp_path, real_data):

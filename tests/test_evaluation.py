@@ -146,6 +146,18 @@ def test_an_exam_may_be_scored_by_any_function_on_the_device(exam, other):
     np.testing.assert_allclose(found.scores, expected, rtol=1e-6)
 
 
+def test_an_exam_may_be_scored_by_a_function_in_python(exam, other, answers):
+    def vowels(prompts, responses, rows):
+        assert prompts == tiny.WORDS == [row.prompt for row in rows]
+        return [count_vowels(*pair) for pair in zip(prompts, responses)]
+
+    found = evaluation.evaluate(exam._replace(reward=vowels, scorer=None, gold=None), other)
+    again = evaluation.assess(exam, answers[0])
+    assert found.responses == again.responses
+    np.testing.assert_array_equal(found.scores, again.gold)
+    np.testing.assert_allclose(found.kl, again.kl, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------- two policies
 
 

@@ -18,6 +18,7 @@ LAYERS = {
     "workdir.py": 5,
     "pipeline.py": 5,
     "evaluation.py": 5,
+    "texts.py": 5,
     "folders.py": 5,
     "plan.py": 5,
     "hlo.py": 5,

@@ -67,7 +67,7 @@ def demonstrations(
     length = max_prompt + max_response
 
     def tokenize(example: Example) -> records.DemonstrationRow | str:
-        document = _document(tokenizer, example.prompt, example.completion, turns)
+        document = document_of(tokenizer, example.prompt, example.completion, turns)
         if not example.prompt or turns == "all" and not isinstance(example.prompt, str):
             reason = LONG_TEXT if len(document.ids) > length else None
         else:
@@ -191,11 +191,7 @@ def prompts(
     _check_limits(max_prompt=max_prompt)
 
     def tokenize(example: Example) -> records.PromptRow | str:
-        if isinstance(example.prompt, str):
-            ids = tokenizer.encode_prompt(example.prompt)
-        else:
-            ids = chat.prompt(tokenizer, example.prompt)
-        _check_prompt(len(ids))
+        ids = prompt_ids(tokenizer, example.prompt)
         return LONG_PROMPT if len(ids) > max_prompt else records.PromptRow(_int32(ids))
 
     def used(example: Example) -> Example:
@@ -269,10 +265,30 @@ def _document_of_ids(ids: Sequence[int] | np.ndarray, start: int) -> Document:
     return Document(_int32(ids), np.arange(len(ids)) >= start)
 
 
-def _document(
-    tokenizer: Tokenizer, prompt: str | tuple, answer: str, turns: chat.Turns = "last"
+def prompt_ids(tokenizer: Tokenizer, prompt: str | tuple[schema.Message, ...]) -> list[int]:
+    """What the sampler is fed: BOS and a text, or messages as the chat template renders them.
+
+    Raises BadRow, a ValueError, where these are no tokens at all.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer.encode_prompt(prompt)
+    else:
+        ids = chat.prompt(tokenizer, prompt)
+    _check_prompt(len(ids))
+    return ids
+
+
+def document_of(
+    tokenizer: Tokenizer,
+    prompt: str | tuple[schema.Message, ...],
+    answer: str,
+    turns: chat.Turns = "last",
 ) -> Document:
-    """The tokens of prompt, answer and EOS. Without a prompt the loss is on all but the first."""
+    """The tokens of prompt, answer and EOS. Without a prompt the loss is on all but the first.
+
+    Raises BadRow, a ValueError, for a prompt without tokens, and for an answer that the chat
+    template leaves empty.
+    """
     if not isinstance(prompt, str):
         said = schema.Message("assistant", answer)
         ids, trained = chat.conversation(tokenizer, [*prompt, said], turns)
@@ -325,7 +341,7 @@ def _responses(
     _check_limits(max_prompt=max_prompt, max_response=max_response)
 
     def tokenize(example: Example) -> records.ComparisonRow | str:
-        documents = [_document(tokenizer, example.prompt, x) for x in example.responses]
+        documents = [document_of(tokenizer, example.prompt, x) for x in example.responses]
         reason = unusable(example, documents)
         for document in documents:
             reason = reason or _over_limit(document, max_prompt, max_response)

@@ -1,1 +1,1 @@
-"""Tasks to train on: a synthetic one whose true objective is known, and real preferences."""
+"""Tasks to train on: synthetic ones whose true objective is known, and real preferences."""

@@ -24,10 +24,9 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
-from rlhf_jax import folders
+from rlhf_jax import folders, texts
 from rlhf_jax.data import chat as templates
 from rlhf_jax.data.schema import Message
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -39,8 +38,6 @@ from rlhf_jax.sampling import decode, penalties
 from rlhf_jax.sampling.settings import History, Sampling
 
 SAMPLING = Sampling(max_new_tokens=256, temperature=0.8)  # unless flags say otherwise
-MIN_WIDTH = 32  # tokens; shorter prompts are padded to this width
-CONTEXT = 16  # tokens at the end of the prompt that are decoded together with the answer
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
 
 
@@ -53,12 +50,7 @@ def load(folder: pathlib.Path, sampling: Sampling, dtype: Precision = "float32")
     if (folder / "metrics.jsonl").is_file():
         raise ValueError(f"{folder}: the folder of a run; name the model folder that it exported")
     pretrained = folders.load(folder, compute=Compute(dtype))
-    longest = pretrained.model.config.max_length
-    if sampling.max_new_tokens >= longest:
-        raise ValueError(
-            f"max_new_tokens={sampling.max_new_tokens} must be in 1..{longest - 1}: the model has "
-            f"max_length={longest}, of which the prompt needs at least one position"
-        )
+    texts.max_prompt(pretrained.model, sampling)
     return pretrained
 
 
@@ -74,31 +66,6 @@ def encode(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
 
 
 # --------------------------------------------------------------------------------------- sampling
-
-
-def max_prompt(pretrained: Pretrained, sampling: Sampling) -> int:
-    """The longest prompt, in tokens, that leaves room for an answer."""
-    return pretrained.model.config.max_length - sampling.max_new_tokens
-
-
-def padded(
-    pretrained: Pretrained, sampling: Sampling, ids: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pads a prompt on the left. Returns `tokens` and `attend`, both [1, P].
-
-    P is a power of two, or the longest prompt where that is less: few different widths mean few
-    compilations. Raises ValueError for a prompt that is too long.
-    """
-    longest = max_prompt(pretrained, sampling)
-    if len(ids) > longest:
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens, but with max_new_tokens={sampling.max_new_tokens} "
-            f"the model has room for {longest}; shorten one of them"
-        )
-    width = min(max(MIN_WIDTH, 1 << (len(ids) - 1).bit_length()), longest)
-    padding = width - len(ids)
-    tokens = np.array([pretrained.tokenizer.pad_id] * padding + ids, np.int32)
-    return tokens[None], (np.arange(width) >= padding).astype(np.int32)[None]
 
 
 @functools.partial(jax.jit, static_argnames=("size", "ends"))
@@ -139,10 +106,11 @@ def stream_tokens(
     for the same prompt and key.
     """
     model, tokenizer = pretrained
-    tokens, attend = padded(pretrained, sampling, ids)
-    size = tokens.shape[1] + sampling.max_new_tokens
-    ends = tokenizer.ends
-    token, cache, history = _first_token(model, tokens, attend, key, sampling, size=size, ends=ends)
+    tokens, attend = texts.padded(model, tokenizer, sampling, ids)
+    size, ends = len(tokens) + sampling.max_new_tokens, tokenizer.ends
+    token, cache, history = _first_token(
+        model, tokens[None], attend[None], key, sampling, size=size, ends=ends
+    )
     for _ in range(sampling.max_new_tokens):
         # The next step is started before its input is looked at, so that the device computes while
         # the host prints. The step after the last token is wasted.
@@ -157,15 +125,12 @@ def stream_tokens(
 def stream_text(tokenizer: Tokenizer, ids: list[int], tokens: Iterable[int]) -> Iterator[str]:
     """Yields the text of the answer `tokens` to the prompt `ids` in pieces of whole characters.
 
-    The answer is decoded together with the end of the prompt, because many tokenizers drop a space
-    at the start of a text. A character of several tokens is held back until the last of them.
+    A character of several tokens is held back until the last of them.
     """
-    known = list(ids[-CONTEXT:])
-    text = tokenizer.decode(known)
-    length = len(text)
+    known, text, length = [], "", 0
     for token in tokens:
         known.append(token)
-        text = tokenizer.decode(known)
+        text = texts.continuation(tokenizer, ids, known)
         if not text.endswith(INCOMPLETE):
             yield text[length:]
             length = len(text)
@@ -180,11 +145,11 @@ def shorten(
 ) -> list[int]:
     """Removes the oldest turns from `messages` until they fit the model. Returns their token ids.
 
-    The system message is kept, and so is the last turn: if that alone is too long, `padded`
-    says so.
+    The system message is kept, and so is the last turn: if that alone is too long,
+    `texts.padded` says so.
     """
     first = int(messages[0]["role"] == "system")
-    longest = max_prompt(pretrained, sampling)
+    longest = texts.max_prompt(pretrained.model, sampling)
     while len(ids := encode(pretrained.tokenizer, messages)) > longest:
         if len(messages) <= first + 1:
             break

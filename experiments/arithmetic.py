@@ -1,0 +1,198 @@
+"""Reinforcement learning on sums in words, whose answers a program checks.
+
+    python experiments/arithmetic.py --algorithm ppo
+
+Claim: a small language model that a short warm start on demonstrations has left wrong more often
+than not learns to calculate from a reward of 1 for the right answer and 0 for any other. Nothing is
+downloaded (`rlhf_jax.tasks.arithmetic` makes the task), no reward model is trained, and the answers
+are to held-out sums, which occur in no training prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from rlhf_jax import abstract, evaluation, pipeline
+from rlhf_jax import config as configuration
+from rlhf_jax.abstract import Program
+from rlhf_jax.algorithms import ppo, sft
+from rlhf_jax.config import Count, Whole
+from rlhf_jax.data import batches, tokenizers
+from rlhf_jax.evaluation import Evaluation, Exam
+from rlhf_jax.launch import Context, launch
+from rlhf_jax.models import transformer
+from rlhf_jax.models.transformer import Model
+from rlhf_jax.sampling import Sampling
+from rlhf_jax.tasks import arithmetic
+from rlhf_jax.training.state import OptimizerConfig
+
+MAX_PROMPT, MAX_RESPONSE = 84, 24
+TOKENIZER = tokenizers.byte_tokenizer()
+# What can follow the warm start: each algorithm by the name of its settings in `Config`.
+ALGORITHMS = {"ppo": ppo}
+
+
+class Config(configuration.Config):
+    """A new model, its warm start, one of the algorithms, and the sums that they are given."""
+
+    seed: Whole = 0  # of every stage; a stage's own seed is folded into it
+    algorithm: Literal["ppo"] = "ppo"  # what follows the warm start
+    levels: tuple[int, ...] = (1, 2, 3, 4)  # of the sums, see tasks/arithmetic.py
+    demonstrations: Count = 2000  # of each level
+    prompts: Count = 4000  # of each level
+    prompts_eval: Count = 128  # of each level
+    model: transformer.Config
+    sft: sft.Config
+    ppo: ppo.Config
+    best_of: Count = 4  # answers to each held-out prompt: the n of best-of-n
+    num_shown: Count = 8  # prompts in the table of samples
+
+
+config = Config(
+    model=transformer.Config(
+        vocab_size=264,
+        num_layers=2,
+        d_model=128,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+        d_ff=352,
+        max_length=128,
+        tied=False,
+    ),
+    sft=sft.Config(
+        num_steps=400,
+        batch_size=64,
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30, schedule="cosine"),
+    ),
+    ppo=ppo.Config(
+        num_iterations=60,
+        batch_size=256,
+        sampling=Sampling(max_new_tokens=MAX_RESPONSE),
+        num_epochs=2,
+        num_minibatches=4,
+        policy_optimizer=OptimizerConfig(learning_rate=3e-4, final_scale=0.1),
+        critic_optimizer=OptimizerConfig(learning_rate=1e-3, final_scale=0.1),
+        kl_coef=0.0,
+        missing_eos_penalty=1.0,
+    ),
+)
+
+
+def run(config: Config, context: Context) -> dict:
+    """Makes the task, trains and evaluates; returns the summary."""
+    name = config.algorithm
+    algorithm, settings = ALGORITHMS[name], vars(config)[name]
+    stages = {"sft": config.sft, name: settings}
+    longest = MAX_PROMPT + settings.sampling.max_new_tokens
+    pipeline.check(context, config.model, longest, **stages)
+    seed, levels, clock, summary = config.seed, config.levels, pipeline.Clock(), {}
+
+    def demonstrations(count: int, held_out: bool) -> batches.Examples:
+        rows = arithmetic.demonstrations(seed, count, levels, held_out=held_out)
+        return batches.demonstrations(rows, TOKENIZER, MAX_PROMPT, MAX_RESPONSE)
+
+    def prompts(count: int, held_out: bool) -> batches.Examples:
+        rows = arithmetic.prompts(seed, count, levels, held_out=held_out)
+        return batches.prompts(rows, TOKENIZER, MAX_PROMPT)
+
+    examples = pipeline.Split(
+        demonstrations(config.demonstrations, False), demonstrations(config.prompts_eval, True)
+    )
+    asked = pipeline.Split(prompts(config.prompts, False), prompts(config.prompts_eval, True))
+    task = pipeline.Task(TOKENIZER, asked)
+
+    with clock("sft"):
+        initial = pipeline.new_model(config.model, context, seed)
+        policy, summary["sft"] = pipeline.supervised(
+            sft.run,
+            sft.evaluate,
+            config.sft,
+            context,
+            TOKENIZER,
+            initial,
+            examples,
+            stage="sft",
+            seed=seed,
+        )
+
+    with clock(name):
+        trained = pipeline.online(
+            algorithm.run,
+            settings,
+            context,
+            task,
+            policy,
+            None,
+            stage=name,
+            seed=seed,
+            reward=arithmetic.reward,
+        ).policy
+
+    with clock("evaluation"):
+        exam = pipeline.exam(
+            context,
+            task,
+            policy,
+            None,
+            settings.sampling,
+            settings.batch_size,
+            seed=seed,
+            reward=arithmetic.reward,
+        )
+        compared = evaluation.compare(exam, policy, trained, config.best_of)
+        evaluation.show(context.log, compared, config.num_shown)
+        summary[name] = evaluation.summarise(compared) | {
+            "sampled_before": by_level(exam, compared.before),
+            "sampled_after": by_level(exam, compared.after),
+            "greedy_before": by_level(exam, greedy(exam, policy)),
+            "greedy_after": by_level(exam, greedy(exam, trained)),
+        }
+    return summary | {"seconds": clock.seconds}
+
+
+def greedy(exam: Exam, policy: Model) -> Evaluation:
+    """The most likely answers."""
+    sampling = dataclasses.replace(exam.sampling, temperature=0.0)
+    return evaluation.evaluate(exam._replace(sampling=sampling), policy)
+
+
+def by_level(exam: Exam, answers: Evaluation) -> dict[str, float]:
+    """The share of right answers, of all and of each level."""
+    rows = exam.prompts.examples.sources
+    return arithmetic.accuracy(answers.responses, rows * (len(answers.responses) // len(rows)))
+
+
+def programs(config: Config, context: Context) -> list[Program]:
+    """What `run` runs: see `abstract`. The new model stays where it is until the end."""
+    mesh, name = context.mesh, config.algorithm
+    algorithm, settings = ALGORITHMS[name], vars(config)[name]
+    initial = abstract.model(context.compute.of(config.model), mesh)
+    tuned = sft.programs(config.sft, initial, MAX_PROMPT + MAX_RESPONSE, mesh)
+    policy, ends = tuned.result, TOKENIZER.ends
+    aligned = algorithm.programs(
+        settings,
+        policy=policy,
+        max_prompt=MAX_PROMPT,
+        ends=ends,
+        mesh=mesh,
+        score=None,
+        resident=initial,
+    )
+    answers = evaluation.program(
+        aligned.result,
+        policy,
+        None,
+        settings.sampling,
+        abstract.prompts(mesh, settings.batch_size, MAX_PROMPT),
+        ends,
+        mesh,
+        score=None,
+        resident=(initial, aligned.held if settings.eval_every else ()),
+    )
+    return [*tuned.programs, *aligned.programs, answers]
+
+
+if __name__ == "__main__":
+    launch(run, config, programs=programs)
