@@ -217,6 +217,7 @@ def test_only_groups_whose_scores_differ_are_trained_on():
     [
         ({"samples_per_prompt": 1}, "samples_per_prompt=1 must be at least 2"),
         ({"train_groups": 9}, "train_groups=9 must be at most batch_size=8"),
+        ({"train_groups": 5}, "5 groups per iteration, which stay together, are not a multiple of"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_when_the_configuration_is_made(changes, message):

@@ -238,7 +238,14 @@ def test_what_a_plan_compiles_is_what_runs(called_programs):
     policy = abstract.model(tiny.SHAPE, mesh)
     scorer = abstract.derived(reward_model.init_scorer, mesh, policy, jax.random.key(7))
     config = dataclasses.replace(RUN, num_iterations=1)
-    stage = online_dpo.programs(config, policy, scorer, 4, tiny.TOKENIZER.ends, mesh)
+    stage = online_dpo.programs(
+        config,
+        policy=policy,
+        scorer=scorer,
+        max_prompt=4,
+        ends=tiny.TOKENIZER.ends,
+        mesh=mesh,
+    )
     assert called_programs.of(stage.programs) == ran and len(ran) == 3
 
 

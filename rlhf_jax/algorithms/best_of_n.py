@@ -80,6 +80,24 @@ class Config(online.Config):
     num_epochs: Count = 1
     samples_per_prompt: Count = 8
 
+    def check(self) -> None:
+        """Raises ValueError for sizes that do not divide each other."""
+        super().check()
+        kept = f"batch_size={self.batch_size} responses per iteration, one to each prompt,"
+        if self.batch_size % self.num_minibatches:
+            raise ValueError(f"{kept} are not a multiple of num_minibatches={self.num_minibatches}")
+        if self.batch_size // self.num_minibatches % self.micro_batches:
+            raise ValueError(f"{kept} do not divide into micro_batches={self.micro_batches}")
+
+    def row_counts(self) -> dict[str, int]:
+        """The numbers of rows that must divide over a mesh: those that are sampled, and kept."""
+        kept = self.batch_size // self.num_minibatches
+        return {
+            "batch_size * samples_per_prompt": self.num_responses,
+            "batch_size / num_minibatches": kept,
+            "minibatch_size / micro_batches": kept // self.micro_batches,
+        }
+
 
 class Batch(NamedTuple):
     """The best response to each of G prompts."""

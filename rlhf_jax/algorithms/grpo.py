@@ -71,6 +71,30 @@ class Config(online.Config):
                 f"train_groups={self.train_groups} must be at most batch_size={self.batch_size}, "
                 "the groups that are sampled"
             )
+        if self.num_groups % self.num_minibatches:
+            raise ValueError(
+                f"{self.num_groups} groups per iteration, which stay together, are not a multiple "
+                f"of num_minibatches={self.num_minibatches}"
+            )
+
+    @property
+    def num_groups(self) -> int:
+        """Groups per iteration that are trained on."""
+        return self.train_groups or self.batch_size
+
+    def row_counts(self) -> dict[str, int]:
+        """The numbers of rows that must divide over a mesh: responses that are sampled, and groups.
+
+        Micro-batches too: with fewer rows than devices they save no memory and cost more time.
+        """
+        groups = self.num_groups // self.num_minibatches
+        return {
+            "batch_size * samples_per_prompt": self.num_responses,
+            "groups per minibatch": groups,
+            "minibatch_size / micro_batches": groups
+            * self.samples_per_prompt
+            // self.micro_batches,
+        }
 
 
 class Batch(NamedTuple):

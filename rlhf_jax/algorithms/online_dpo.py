@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax import abstract, losses, online, preference_losses
+from rlhf_jax import abstract, losses, on_policy, online, preference_losses
 from rlhf_jax.abstract import Stage
 from rlhf_jax.config import Count, Positive
-from rlhf_jax.data.records import Ends
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling.rollout import Rollout
 from rlhf_jax.training import state as training
@@ -126,9 +125,7 @@ def log_ratios(
     metrics = {
         **preference_losses.pair_metrics(config.beta * ratios, pairs),
         **preference_losses.sides("logps", logps, pairs),
-        "policy/approxkl_avg": losses.masked_mean(
-            0.5 * jnp.square(logprobs - batch.old_logprobs), batch.mask
-        ),
+        **on_policy.drift(batch, logprobs),
         "policy/entropy_avg": losses.masked_mean(entropy, batch.mask),
     }
     return ratios, metrics
@@ -164,16 +161,11 @@ def make_batch(config: Config, params: dict, memory: Any, rollout: Rollout):
     return batch, memory, metrics
 
 
-def networks(config: Config, policy: Model, critic: Model | None) -> dict[str, Model]:
-    """What is trained: the policy. Raises ValueError for a `critic`."""
-    if critic is not None:
-        raise ValueError("online DPO has no critic; leave critic= out")
-    return {"policy": policy}
-
-
 def algorithm(make_batch: Callable = make_batch, loss_fn: Callable = loss) -> online.Algorithm:
-    """Online DPO as `online` runs it."""
-    return online.Algorithm("online_dpo", DISPLAY, networks, make_batch, loss_fn)
+    """Online DPO as `online` runs it; its loss compares responses, whatever drew them."""
+    return online.Algorithm(
+        "online_dpo", DISPLAY, online.policy_alone, make_batch, loss_fn, any_sampler=True
+    )
 
 
 def run(
@@ -190,30 +182,10 @@ def run(
 
 def programs(
     config: Config,
-    policy: Model,
-    scorer: Any,
-    max_prompt: int,
-    ends: Ends,
-    mesh: jax.sharding.Mesh,
     *,
     make_batch: Callable = make_batch,
     loss_fn: Callable = loss,
-    resident: Any = (),
+    **shapes: Unpack[abstract.Inputs],
 ) -> Stage:
-    """What `run` runs on prompts of `max_prompt` tokens; `result` is the trained policy.
-
-    The models are trees of shapes, and `resident` is what the experiment holds besides: see
-    `abstract`. `ends` is the tokenizer's.
-    """
-    stage = abstract.online(
-        config,
-        algorithm(make_batch, loss_fn),
-        policy=policy,
-        scorer=scorer,
-        critic=None,
-        max_prompt=max_prompt,
-        ends=ends,
-        mesh=mesh,
-        resident=resident,
-    )
-    return stage._replace(result=stage.result["policy"])
+    """What `run` runs; `result` is the trained policy."""
+    return abstract.online(config, algorithm(make_batch, loss_fn), **shapes)
