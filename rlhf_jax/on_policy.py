@@ -8,6 +8,8 @@ own refuses them, unless the configuration says what to do: see `Correction`.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -116,3 +118,13 @@ def check(config: Any, dtype: str, iteration: int, metrics: dict[str, float]) ->
             "iteration 0: the policy is not the reference, their log-probabilities differ by "
             f"{metrics['check/reference_gap']:.3g} nats; pass the policy that training starts from"
         )
+    if metrics.get("groups/informative", 1.0) == 0.0:
+        _say_once(
+            f"iteration {iteration}: in 100 % of the groups all responses have the same score, so "
+            "nothing is learned from them; see groups/informative for the share in other iterations"
+        )
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logging.getLogger(__name__).warning(text)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
