@@ -28,6 +28,7 @@ LAYERS = {
     "distributed.py": 5,
     "algorithms": 4,
     "online.py": 3.5,
+    "on_policy.py": 3.4,
     "rewards": 3,
     "sampling": 3,
     "data": 3,

@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "notebooks"
-FIGURES = {"01_tour.ipynb": 7, "02_swap_the_loss.ipynb": 1}
+FIGURES = {"01_tour.ipynb": 7, "02_swap_the_loss.ipynb": 1, "03_your_own_algorithm.ipynb": 1}
 KILOBYTES = 400
 
 DECIMAL = r"[+-]?\d+(?:\.\d+(?:e[+-]\d+)?|e[+-]\d+)"
