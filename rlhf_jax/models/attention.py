@@ -30,8 +30,8 @@ SPLASH_BLOCK = 512  # tokens of one of its blocks, at most
 class Visible(NamedTuple):
     """Which columns of a key-value cache the token that is being read may attend to."""
 
-    prompts: Bool[Array, "B P"]
-    own: Bool[Array, " R"]  # the same for all rows, which have written equally much
+    shared: Bool[Array, "B P"] | None  # None where rows share nothing
+    own: Bool[Array, "#M R"]  # one row, where all rows see the same columns
 
 
 class AttentionInputs(NamedTuple):
@@ -135,20 +135,22 @@ def plain(
 
 def attend_to_cache(
     query: Float[Array, "M H 1 Dh"],
-    prompts: tuple[Float[Array, "B K P Dh"], Float[Array, "B K P Dh"]],
+    shared: tuple[Float[Array, "B K P Dh"], Float[Array, "B K P Dh"]] | None,
     own: tuple[Float[Array, "M K R Dh"], Float[Array, "M K R Dh"]],
     visible: Visible,
     *,
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "M H 1 Dh"]:
-    """`attend` for one new token per row, to the row's prompt and to what the row has written.
+    """`attend` for one new token per row, to what the row shares with others and to its own.
 
-    M = B * N: N consecutive rows continue the same prompt, whose keys and values are held, and
-    read, once. `prompts` and `own` are keys and values.
+    M = B * N: N consecutive rows share keys and values, which are held, and read, once. `shared`
+    and `own` are keys and values.
     """
+    if shared is None:
+        return plain(query, *own, visible.own[:, None], scale=scale, softcap=softcap)
     rows, heads, _, width = query.shape
-    batch, kv_heads, size, _ = prompts[0].shape
+    batch, kv_heads, size, _ = shared[0].shape
 
     def by_prompt(x):
         """[M, K, G, n] -> [B, K, N * G, n]"""
@@ -167,15 +169,16 @@ def attend_to_cache(
         return layers.einsum("bkqs,bksd->bkqd", weights, values, preferred_element_type=jnp.float32)
 
     query = query.reshape(rows, kv_heads, -1, width)
-    logits = [by_row(products(by_prompt(query), prompts[0])), products(query, own[0])]
+    logits = [by_row(products(by_prompt(query), shared[0])), products(query, own[0])]
     logits = jnp.concatenate(logits, axis=-1) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    seen = jnp.repeat(visible.prompts, rows // batch, axis=0)
-    seen = jnp.concatenate([seen, jnp.broadcast_to(visible.own, (rows, visible.own.size))], axis=1)
+    seen = jnp.repeat(visible.shared, rows // batch, axis=0)
+    own_seen = jnp.broadcast_to(visible.own, (rows, visible.own.shape[1]))
+    seen = jnp.concatenate([seen, own_seen], axis=1)
     logits = jnp.where(seen[:, None, None], logits, blockwise.HIDDEN)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-    out = by_row(mixed(by_prompt(weights[..., :size]), prompts[1]))
+    out = by_row(mixed(by_prompt(weights[..., :size]), shared[1]))
     out = out + mixed(weights[..., size:], own[1])
     return out.astype(query.dtype).reshape(rows, heads, 1, width)
 

@@ -19,11 +19,15 @@ from rlhf_jax.models.transformer import Model, Trunk, jit, trunk_weights
 class Cache(NamedTuple):
     """The key-value cache of M = B * N rows, of which N consecutive ones continue the same prompt.
 
-    Every layer has buffers of its own, so that each is updated in place.
+    Where N > 1 the rows share the keys and values of their prompt. Where N = 1 these stand in the
+    row's own buffer before what it writes, and nothing is shared: on a CPU two products with few
+    columns each take as long as two with twice as many. Every layer has buffers of its own, so that
+    each is updated in place.
     """
 
-    prompts: tuple[tuple[Array, Array], ...]  # keys and values per layer, [B, K, P, Dh] each
-    own: tuple[tuple[Array, Array], ...]  # those that the rows have written, [M, K, R, Dh] each
+    # Keys and values per layer, [B, K, P, Dh] each; None per layer where nothing is shared.
+    shared: tuple[tuple[Array, Array] | None, ...]
+    own: tuple[tuple[Array, Array], ...]  # [M, K, R, Dh] each, or P + R columns
     attend: Int[Array, "B P"]  # 1 on the real tokens of the prompts, which are padded on the left
     length: Int[Array, ""]  # tokens that each row has written
 
@@ -62,13 +66,19 @@ def prefill(
     trunk = Trunk(model.config, decoding=True)
     hidden, kv = trunk.apply({"params": trunk_weights(model)}, tokens, at, inputs)
 
+    def grown(x):
+        return jnp.pad(x, ((0, 0), (0, 0), (0, size - width), (0, 0)))
+
     def empty(x):
         batch, heads, _, head_dim = x.shape
         shape = (batch * rows, heads, size - width, head_dim)
         return shards.constrain_heads(jnp.zeros(shape, x.dtype))
 
-    own = jax.tree.map(empty, kv)
-    return hidden[:, -1], Cache(kv, own, attend, jnp.int32(0))
+    if rows == 1:
+        shared, own = (None,) * len(kv), jax.tree.map(grown, kv)
+    else:
+        shared, own = kv, jax.tree.map(empty, kv)
+    return hidden[:, -1], Cache(shared, own, attend, jnp.int32(0))
 
 
 @jit
@@ -80,19 +90,25 @@ def decode(
     width, rows = cache.attend.shape[1], tokens.shape[0] // cache.attend.shape[0]
     at = jnp.sum(cache.attend > 0, axis=1) + cache.length
     at = jnp.repeat(at, rows)[:, None]
+    # Columns are counted from the first one of the prompt.
+    is_shared, size = cache.shared[0] is not None, cache.own[0][0].shape[2]
+    start, here = width if is_shared else 0, width + cache.length
 
     def visible(window):
-        columns = jnp.arange(cache.own[0][0].shape[2])
-        seen = Visible(cache.attend > 0, columns <= cache.length)
-        if window is None:
-            return seen
-        here = width + cache.length
-        near = Visible(here - jnp.arange(width) < window, here - (width + columns) < window)
-        return jax.tree.map(jnp.logical_and, seen, near)
+        def near(columns):
+            seen = columns <= here
+            return seen if window is None else seen & (here - columns < window)
+
+        prompt = cache.attend > 0
+        own = near(start + jnp.arange(size))[None]
+        if is_shared:
+            return Visible(prompt & near(jnp.arange(width)), own)
+        padded = ((0, 0), (0, size - width))
+        return Visible(None, own & jnp.pad(prompt, padded, constant_values=True))
 
     inputs = transformer.attention_inputs(c, at, visible=visible)
-    past = tuple(zip(cache.prompts, cache.own))
+    past = tuple(zip(cache.shared, cache.own))
     hidden, own = Trunk(c, decoding=True).apply(
-        {"params": trunk_weights(model)}, tokens[:, None], at, inputs, past, cache.length
+        {"params": trunk_weights(model)}, tokens[:, None], at, inputs, past, here - start
     )
     return hidden[:, 0], cache._replace(own=own, length=cache.length + 1)

@@ -162,7 +162,7 @@ class Attention(nn.Module):
     def __call__(self, x, inputs, past=None, column=None):
         """[B, T, D] -> ([B, T, D], (keys, values)).
 
-        `past` is what the cache holds for a layer, (prompts, own), each (keys, values): the one new
+        `past` is what the cache holds for a layer, (shared, own), each (keys, values): the one new
         token is written into column `column` of its row's own, [B, K, R, Dh], which are returned.
         Without it the keys and values are those of the input, [B, K, T, Dh].
         """
@@ -187,10 +187,10 @@ class Attention(nn.Module):
             mixed = attention.attend(query, keys, values, documents, window=window, **how)
         else:
             write = jax.lax.dynamic_update_slice_in_dim
-            prompts, own = past
+            shared, own = past
             keys = write(own[0], keys, column, axis=2)
             values = write(own[1], values, column, axis=2)
-            mixed = attention.attend_to_cache(query, prompts, (keys, values), inputs.visible, **how)
+            mixed = attention.attend_to_cache(query, shared, (keys, values), inputs.visible, **how)
         mixed = mixed.swapaxes(1, 2)
         mixed = mixed.reshape(batch, length, c.num_heads * c.head_dim)
         out = layers.Linear(c.d_model, dtype, _residual_scale(c), c.out_bias, name="out")
