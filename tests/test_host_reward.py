@@ -231,8 +231,8 @@ def test_two_rewards_at_once_are_refused(other):
             {"short": [0.0, 0.0, np.inf]},
             "exact_match, part 'short', gave inf to response 2 of the b",
         ),
-        ({"waited": [0.0] * 3}, "exact_match reports a part named 'waited', but .*; rename it"),
-        ({1: [0.0] * 3}, "exact_match reports a part named 1, but a name is a text"),
+        ({"waited": [0.0] * 3}, "a part of a reward is named 'waited', but .*; rename it"),
+        ({1: [0.0] * 3}, "a part of a reward is named 1, but a name is a text"),
     ],
 )
 def test_a_part_is_one_finite_number_per_response_too(parts, message):
@@ -324,8 +324,11 @@ def test_parts_that_change_between_iterations_are_refused():
         ({"a": ("1", length)}, "part 'a' has the weight '1'; a weight is finite"),
         ({"a": length}, r"part 'a' is <function length .*, but a part is \(weight, reward\)"),
         ({"a": (1.0, len)}, r"len is called as len\(prompts, responses, rows\), but"),
-        ({"seconds": (1.0, length)}, "part 'seconds': a name is a text, and seconds and waited"),
-        ({"": (1.0, length)}, "part '': a name is a text"),
+        (
+            {"seconds": (1.0, length)},
+            "named 'seconds', but a name is a text, and seconds and waited",
+        ),
+        ({"": (1.0, length)}, "a part of a reward is named '', but a name is a text"),
     ],
 )
 def test_a_sum_that_cannot_be_one_is_refused_when_it_is_made(parts, message):

@@ -36,7 +36,7 @@ def weighted(parts: Mapping[str, tuple[float | int, Reward]]) -> Reward:
 
     Each part is reported by its name, without its weight ("reward/bleu"); a part that has parts
     itself reports these too ("reward/mix/bleu"). Raises ValueError for a weight that is no finite
-    number, and for a reward of other arguments.
+    number, for a name that a run has taken, and for a reward of other arguments.
     """
     if not parts:
         raise ValueError("weighted({}) has no parts; give at least one {name: (weight, reward)}")
@@ -47,11 +47,7 @@ def weighted(parts: Mapping[str, tuple[float | int, Reward]]) -> Reward:
         is_number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
         if not is_number or not math.isfinite(weight):
             raise ValueError(f"part {name!r} has the weight {weight!r}; a weight is finite")
-        if not isinstance(name, str) or not name or name in host.TIMES:
-            raise ValueError(
-                f"part {name!r}: a name is a text, and {' and '.join(host.TIMES)} are taken by the "
-                "times of a run; rename it"
-            )
+        host.check_part_name(name)
         host.check_arguments(reward, *_ARGUMENTS)
     name = f"weighted({', '.join(parts)})"
     return host.named(name, functools.partial(_weighted, dict(parts)))

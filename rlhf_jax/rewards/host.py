@@ -105,11 +105,7 @@ def call(reward: Reward, prompts: list[str], responses: list[str], rows: list[Ex
     if not isinstance(returned, Scored):
         return Scored(_numbers(who, returned, len(responses)), {})
     for name in returned.parts:
-        if not isinstance(name, str) or not name or name in TIMES:
-            raise RewardFailed(
-                f"{who} reports a part named {name!r}, but a name is a text, and "
-                f"{' and '.join(TIMES)} are taken by the times of a run; rename it"
-            )
+        check_part_name(name)
     return Scored(
         _numbers(who, returned.scores, len(responses)),
         {
@@ -271,6 +267,15 @@ def named(name: str, reward: functools.partial) -> functools.partial:
     """`reward` under this name. A partial, because other processes can be sent it."""
     reward.__name__ = name
     return reward
+
+
+def check_part_name(name: Any) -> None:
+    """Raises RewardFailed (a ValueError) unless a part can be reported under this name."""
+    if not isinstance(name, str) or not name or name in TIMES:
+        raise RewardFailed(
+            f"a part of a reward is named {name!r}, but a name is a text, and {' and '.join(TIMES)} "
+            "are taken by the times of a run; rename it"
+        )
 
 
 def check_arguments(reward: Callable, *names: str) -> None:
