@@ -214,7 +214,7 @@ def test_the_odds_of_a_certain_response_are_finite_and_those_of_an_unlikely_one_
     assert unlikely == pytest.approx(-50.0)
 
 
-# --------------------------------------------------------------------------- worked numbers of pairs
+# -------------------------------------------------------------------------- worked numbers of pairs
 
 PAIRS = {
     "policy": [[-12.0, -15.0], [-20.0, -18.0]],
