@@ -214,19 +214,13 @@ def test_the_odds_of_a_certain_response_are_finite_and_those_of_an_unlikely_one_
     assert unlikely == pytest.approx(-50.0)
 
 
-# ------------------------------------------------------------------------------ numbers of TRL 1.16
+# -------------------------------------------------------------------------- worked numbers of pairs
 
-# TRL's own methods on the numbers below, with what surrounds them replaced; run with TRL 1.16.0:
-TRL = """
-@TRL_SCRIPT@
-"""
 PAIRS = {
     "policy": [[-12.0, -15.0], [-20.0, -18.0]],
     "reference": [[-13.0, -14.0], [-19.0, -19.5]],
 }
 PAIR_LENGTHS = np.array([[6, 5], [10, 9]])
-# Of the same two prompts, each with the other's responses: policy and reference.
-OTHERS = {"policy": [[-21.0, -19.0], [-12.5, -15.5]], "reference": [[-21.5, -19.5], [-13.0, -15.8]]}
 
 
 def pairs():
@@ -246,7 +240,7 @@ PRINTED = {
 
 
 @pytest.mark.parametrize("name", PRINTED)
-def test_pairs_have_the_losses_of_trl(given, name):
+def test_pairs_have_the_losses_of_trls_formulas(given, name):
     fn, models, printed = PRINTED[name]
     value, _ = fn(dpo.Config(), pair_models(*models), pairs())
     assert float(value) == pytest.approx(printed, abs=1e-6 * max(1, printed))

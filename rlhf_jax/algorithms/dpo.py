@@ -83,7 +83,7 @@ class Responses(NamedTuple):
         return self.logps - self.ref_logps
 
     def rewards(self, beta: losses.Scalar) -> Float[Array, "B K"]:
-        """The implicit rewards: beta times the log-ratio, or the mean where nothing is compared."""
+        """The implicit rewards: beta times the log-ratio, or times the mean without a reference."""
         return beta * (self.means() if self.ref_logps is None else self.log_ratios())
 
 
@@ -127,7 +127,8 @@ def loss(config: Config, params: dict, batch: Comparisons):
 
     A prompt with K > 2 responses gives the mean over all its pairs that differ in rank, as the rank
     loss of a reward model does; with K = 2 it is the published loss. With `label_smoothing` it is
-    conservative DPO, as in the authors' code (in TRL 1.x only other losses read that setting).
+    conservative DPO, as in the authors' code (in TRL 1.x only other losses read that setting). A
+    margin that the data states is not read.
     """
     found, pairs = _compared(config, params, batch)
     gap = equations.gaps(found.rewards(config.beta))
