@@ -10,8 +10,8 @@ template, a text is rendered as one turn of a user, as training renders the prom
 files; with `raw_prompts` it is fed as it stands. The empty text is no turn: nothing but BOS.
 
 What runs on the device is compiled here. Rows are padded to powers of two and batches filled up, so
-that one program for each width serves every call with the same `batch_size`. A model that is
-divided over a mesh stays there, and its rows are divided too.
+that one program for each width serves every call with the same `batch_size`. A model on a mesh
+stays there, and the rows of a batch are divided over it.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def logprobs(
         tokens = np.pad(document.ids, padding, constant_values=tokenizer.pad_id)
         rows.append((tokens, np.pad(np.ones(size, np.int32), padding)))
         documents.append(document)
-    program = functools.partial(_token_logprobs, model, temperature)
+    program = functools.partial(_token_logprobs, model, float(temperature))
     found = _in_batches("log-probabilities", program, rows, batch_size, model, progress)
     return [
         nats[: len(document.ids)][document.trained] for (nats,), document in zip(found, documents)
