@@ -273,8 +273,8 @@ def check_part_name(name: Any) -> None:
     """Raises RewardFailed (a ValueError) unless a part can be reported under this name."""
     if not isinstance(name, str) or not name or name in TIMES:
         raise RewardFailed(
-            f"a part of a reward is named {name!r}, but a name is a text, and {' and '.join(TIMES)} "
-            "are taken by the times of a run; rename it"
+            f"a part of a reward is named {name!r}, but a name is a text, and "
+            f"{' and '.join(TIMES)} are taken by the times of a run; rename it"
         )
 
 
