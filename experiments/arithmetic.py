@@ -1,6 +1,6 @@
 """Reinforcement learning on sums in words, whose answers a program checks.
 
-    python experiments/arithmetic.py --algorithm ppo
+    python experiments/arithmetic.py --algorithm grpo
 
 Claim: a small language model that a short warm start on demonstrations has left wrong more often
 than not learns to calculate from a reward of 1 for the right answer and 0 for any other. Nothing is
@@ -16,7 +16,7 @@ from typing import Literal
 from rlhf_jax import abstract, evaluation, pipeline
 from rlhf_jax import config as configuration
 from rlhf_jax.abstract import Program
-from rlhf_jax.algorithms import ppo, sft
+from rlhf_jax.algorithms import grpo, ppo, reinforce, sft
 from rlhf_jax.config import Count, Whole
 from rlhf_jax.data import batches, tokenizers
 from rlhf_jax.evaluation import Evaluation, Exam
@@ -30,21 +30,25 @@ from rlhf_jax.training.state import OptimizerConfig
 MAX_PROMPT, MAX_RESPONSE = 84, 24
 TOKENIZER = tokenizers.byte_tokenizer()
 # What can follow the warm start: each algorithm by the name of its settings in `Config`.
-ALGORITHMS = {"ppo": ppo}
+ALGORITHMS = {"grpo": grpo, "ppo": ppo, "rloo": reinforce}
+# What else they are given. RLOO makes several updates on the same responses, so it clips.
+OPTIONS = {"rloo": {"loss_fn": reinforce.clipped_loss}}
 
 
 class Config(configuration.Config):
     """A new model, its warm start, one of the algorithms, and the sums that they are given."""
 
     seed: Whole = 0  # of every stage; a stage's own seed is folded into it
-    algorithm: Literal["ppo"] = "ppo"  # what follows the warm start
+    algorithm: Literal["grpo", "ppo", "rloo"] = "grpo"  # what follows the warm start
     levels: tuple[int, ...] = (1, 2, 3, 4)  # of the sums, see tasks/arithmetic.py
     demonstrations: Count = 2000  # of each level
     prompts: Count = 4000  # of each level
     prompts_eval: Count = 128  # of each level
     model: transformer.Config
     sft: sft.Config
+    grpo: grpo.Config
     ppo: ppo.Config
+    rloo: reinforce.Config
     best_of: Count = 4  # answers to each held-out prompt: the n of best-of-n
     num_shown: Count = 8  # prompts in the table of samples
 
@@ -66,6 +70,16 @@ config = Config(
         batch_size=64,
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30, schedule="cosine"),
     ),
+    grpo=grpo.Config(
+        num_iterations=60,
+        batch_size=32,
+        samples_per_prompt=8,
+        sampling=Sampling(max_new_tokens=MAX_RESPONSE),
+        num_epochs=2,
+        num_minibatches=4,
+        policy_optimizer=OptimizerConfig(learning_rate=3e-4, final_scale=0.1),
+        kl_coef=0.0,
+    ),
     ppo=ppo.Config(
         num_iterations=60,
         batch_size=256,
@@ -76,6 +90,16 @@ config = Config(
         critic_optimizer=OptimizerConfig(learning_rate=1e-3, final_scale=0.1),
         kl_coef=0.0,
         missing_eos_penalty=1.0,
+    ),
+    rloo=reinforce.Config(
+        num_iterations=60,
+        batch_size=32,
+        samples_per_prompt=8,
+        sampling=Sampling(max_new_tokens=MAX_RESPONSE),
+        num_epochs=2,
+        num_minibatches=4,
+        policy_optimizer=OptimizerConfig(learning_rate=3e-4, final_scale=0.1),
+        kl_coef=0.0,
     ),
 )
 
@@ -128,6 +152,7 @@ def run(config: Config, context: Context) -> dict:
             stage=name,
             seed=seed,
             reward=arithmetic.reward,
+            **OPTIONS.get(name, {}),
         ).policy
 
     with clock("evaluation"):
@@ -179,6 +204,7 @@ def programs(config: Config, context: Context) -> list[Program]:
         mesh=mesh,
         score=None,
         resident=initial,
+        **OPTIONS.get(name, {}),
     )
     answers = evaluation.program(
         aligned.result,

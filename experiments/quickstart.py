@@ -23,6 +23,7 @@ The machine was busy, so the runs were not timed again; before, a run took 2.7 t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from rlhf_jax import abstract, evaluation, pipeline, processes
 from rlhf_jax import config as configuration
@@ -34,6 +35,7 @@ from rlhf_jax.data.batches import Loader
 from rlhf_jax.data.records import Ends
 from rlhf_jax.launch import Context, launch
 from rlhf_jax.models import transformer
+from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.tasks import reviews
 from rlhf_jax.training.state import OptimizerConfig
@@ -89,16 +91,25 @@ config = Config(
 )
 
 
-def run(config: Config, context: Context) -> dict:
-    """Generates the task in the workdir, trains and evaluates; returns the summary."""
-    pipeline.check(
-        context,
-        config.model,
-        MAX_PROMPT + config.ppo.sampling.max_new_tokens,
-        sft=config.sft,
-        reward_model=config.reward_model,
-        ppo=config.ppo,
-    )
+class Data(NamedTuple):
+    """The task, generated and tokenised."""
+
+    made: reviews.Task
+    demonstrations: pipeline.Split
+    comparisons: pipeline.Split
+    task: pipeline.Task  # prompts and the hidden judge
+
+
+class Start(NamedTuple):
+    """What imitation and comparisons give: where reinforcement learning starts."""
+
+    policy: Model
+    scorer: Model
+    figures: dict[str, dict[str, float]]  # held out, of both stages
+
+
+def make(config: Config, context: Context) -> Data:
+    """Generates the task in the workdir and trains the tokenizer."""
     made = reviews.make(config.seed, context.workdir / "data", num_comparisons=12800)
     train = builders.load(made.demonstrations, "train[:95%]")
     held_out = builders.load(made.demonstrations, "train[95%:]")
@@ -117,45 +128,63 @@ def run(config: Config, context: Context) -> dict:
         batches.prompts(builders.load(made.prompts), tokenizer, MAX_PROMPT),
         batches.prompts(builders.load(made.prompts_eval), tokenizer, MAX_PROMPT),
     )
-    task = pipeline.Task(tokenizer, prompts, made.gold)
-    seed, clock, summary = config.seed, pipeline.Clock(), {}
+    return Data(made, demonstrations, comparisons, pipeline.Task(tokenizer, prompts, made.gold))
 
+
+def warm_up(config: Config, context: Context, data: Data, clock: pipeline.Clock) -> Start:
+    """Trains the policy to imitate, and the reward model on comparisons."""
+    seed, tokenizer, figures = config.seed, data.task.tokenizer, {}
     with clock("sft"):
         initial = pipeline.new_model(config.model, context, seed)
-        policy, summary["sft"] = pipeline.supervised(
+        policy, figures["sft"] = pipeline.supervised(
             sft.run,
             sft.evaluate,
             config.sft,
             context,
             tokenizer,
             initial,
-            demonstrations,
+            data.demonstrations,
             stage="sft",
             seed=seed,
         )
 
     with clock("reward_model"):
-        scorer, figures = pipeline.supervised(
+        scorer, found = pipeline.supervised(
             reward_model.run,
             reward_model.evaluate,
             config.reward_model,
             context,
             tokenizer,
             policy,
-            comparisons,
+            data.comparisons,
             stage="reward_model",
             seed=seed,
         )
-        centred_on = Loader(demonstrations.train, config.reward_model.batch_size, seed)
+        centred_on = Loader(data.demonstrations.train, config.reward_model.batch_size, seed)
         scorer = reward_model.centre(scorer, centred_on, mesh=context.mesh)
-        summary["reward_model"] = figures | {"best_reachable_accuracy": made.best_accuracy}
+        figures["reward_model"] = found | {"best_reachable_accuracy": data.made.best_accuracy}
+    return Start(policy, scorer, figures)
+
+
+def run(config: Config, context: Context) -> dict:
+    """Makes the task, trains and evaluates; returns the summary."""
+    pipeline.check(
+        context,
+        config.model,
+        MAX_PROMPT + config.ppo.sampling.max_new_tokens,
+        sft=config.sft,
+        reward_model=config.reward_model,
+        ppo=config.ppo,
+    )
+    data, clock, seed = make(config, context), pipeline.Clock(), config.seed
+    policy, scorer, summary = warm_up(config, context, data, clock)
 
     with clock("ppo"):
         trained = pipeline.online(
             ppo.run,
             config.ppo,
             context,
-            task,
+            data.task,
             policy,
             scorer,
             stage="ppo",
@@ -165,13 +194,20 @@ def run(config: Config, context: Context) -> dict:
 
     with clock("evaluation"):
         exam = pipeline.exam(
-            context, task, policy, scorer, config.ppo.sampling, config.ppo.batch_size, seed=seed
+            context,
+            data.task,
+            policy,
+            scorer,
+            config.ppo.sampling,
+            config.ppo.batch_size,
+            seed=seed,
         )
         compared = evaluation.compare(exam, policy, trained, config.best_of)
         evaluation.show(context.log, compared, config.num_shown)
+        is_grammatical = data.made.grammatical
         summary["ppo"] = evaluation.summarise(compared) | {
-            "grammatical_before": share(made.grammatical, compared.before.responses),
-            "grammatical_after": share(made.grammatical, compared.after.responses),
+            "grammatical_before": share(is_grammatical, compared.before.responses),
+            "grammatical_after": share(is_grammatical, compared.after.responses),
         }
     return summary | {"seconds": clock.seconds}
 

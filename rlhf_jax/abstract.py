@@ -12,6 +12,8 @@ between models, the same object is in both trees.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict
 
@@ -206,9 +208,12 @@ def online(
         drawn = sharding.abstract_rows(mesh, jax.eval_shape(programs.sample, *drawing))
         judging = (config, params, *drawn)
         rollout = sharding.abstract_rows(mesh, jax.eval_shape(programs.judge, *judging))
+        batch, _, _ = jax.eval_shape(
+            functools.partial(algorithm.make_batch, config), params, state.memory, rollout
+        )
     held = (policy, scorer, critic, frozen, resident, state)
     slices, updating = config.micro_batches, (config, state, frozen, rollout)
-    minibatch = responses // config.num_minibatches // slices
+    minibatch = math.prod(batch.tokens.shape[:-1]) // config.num_minibatches // slices
     trips = max_trips(config.sampling)
     return Stage(
         [

@@ -132,6 +132,9 @@ def _chunk_logprobs(vocabulary, logits, tokens):
         total = largest + jnp.log(weight)
         here = (columns >= 0) & (columns < size)
         chosen = jax.lax.psum(jnp.where(here, chosen, 0.0), vocabulary)
+        size *= jax.lax.axis_size(vocabulary)
+    # An id that is no token must not pass for another one.
+    chosen = jnp.where((tokens >= 0) & (tokens < size), chosen, jnp.nan)
     all_logprobs = logits - total[..., None]
     entropy = -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
     if vocabulary is not None:
@@ -163,7 +166,8 @@ def _of_chunks_backward(vocabulary, saved, gradients):
     hidden, unembedding, tokens, temperature, softcap, total = saved
     gradient, _ = gradients  # the entropy is a measurement here, never an objective
     if vocabulary is not None:
-        # Every shard has the same output, and its gradient arrives divided among the shards.
+        # Every shard has the same output, and its gradient arrives divided among the shards: so
+        # it is without `check_vma`, as `heads` calls it.
         gradient = jax.lax.psum(gradient, vocabulary)
     size = unembedding.shape[1]
     sums = jax.tree.map(jnp.zeros_like, (unembedding, temperature, softcap))
@@ -204,7 +208,8 @@ def chunked_token_logprobs(
     [B, T, D], [D, V], [B, T] -> ([B, T], [B, T]), in nats, float32; entry 0 of both is 0. Logits
     are computed for some positions of every row at a time, as many as `chunk_bytes` of them hold,
     in the forward pass and again in the backward pass. `softcap` is Gemma's c * tanh(logits / c).
-    The entropy carries no gradient. Inside `jax.shard_map`, `vocabulary` names the mesh axis whose
+    The entropy carries no gradient. The log-probability of an id outside of the vocabulary is NaN.
+    Inside `jax.shard_map`, `vocabulary` names the mesh axis whose
     shards hold the columns of the unembedding; the sums run over all of them.
     Raises ValueError if tokens and hidden states differ in shape.
     """

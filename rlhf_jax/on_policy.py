@@ -7,15 +7,17 @@ own refuses them, unless the configuration says what to do: see `Correction`.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rlhf_jax import losses
+from rlhf_jax.sampling import decode
+from rlhf_jax.sampling import rollout as rollouts
+from rlhf_jax.sampling.decode import Choose
 from rlhf_jax.sampling.rollout import Rollout
 from rlhf_jax.sampling.settings import Processor, Sampling
 from rlhf_jax.training import state as training
@@ -25,19 +27,50 @@ from rlhf_jax.training import state as training
 Correction = Literal["refuse", "weight", "ignore"]
 
 
+# With these numbers a penalty or a filter does nothing.
+NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+}
+
+
 def changes(sampling: Sampling, processors: tuple[Processor, ...] = ()) -> list[str]:
     """What makes the sampler another distribution than the policy at its temperature."""
-    fields = (f for f in dataclasses.fields(sampling) if f.name != "max_new_tokens")
     found = [
-        f"sampling.{field.name}={value}"
-        for field in fields
-        if field.name != "temperature" and (value := getattr(sampling, field.name)) != field.default
+        f"sampling.{name}={value}"
+        for name, value in vars(sampling).items()
+        if name not in ("max_new_tokens", "temperature")
+        and value not in (None, (), NEUTRAL.get(name))
     ]
     return found + ["processors"] * bool(processors)
 
 
-def check_sampler(name: str, config: Any, processors: tuple[Processor, ...]) -> None:
-    """Raises ValueError if the sampler is not the policy and nothing says what to do about it."""
+def check_sampler(
+    name: str,
+    config: Any,
+    processors: tuple[Processor, ...],
+    choose: Choose,
+    any_sampler: bool = False,
+) -> None:
+    """Raises ValueError if the sampler is not the policy and nothing says what to do about it.
+
+    any_sampler: the algorithm is right for every sampler, and so has no use for weights.
+    """
+    if any_sampler:
+        if config.off_policy == "weight":
+            raise ValueError(
+                f'{name} is right for any sampler and has no weights; leave off_policy="weight" out'
+            )
+        return
+    if choose is decode.greedy:
+        raise ValueError(
+            f"{name} learns from responses that are drawn at random; leave choose=greedy out"
+        )
     found = changes(config.sampling, processors)
     if found and config.off_policy == "refuse":
         raise ValueError(
@@ -75,7 +108,23 @@ def response_weights(config: Any, rollout: Rollout) -> Float[Array, " B"]:
     return jnp.minimum(jnp.exp(jnp.sum(_log_ratio(rollout), axis=1)), config.max_weight)
 
 
-def drift(batch: Any, logprobs: Float[Array, "B T"]) -> dict[str, Array]:
+def groups_that_differ(config: Any, rollout: Rollout) -> Float[Array, " G"]:
+    """1 where the responses to a prompt differ in score, 0 where all have the same one."""
+    scores = rollout.scores.reshape(-1, config.samples_per_prompt)
+    return jnp.sign(jnp.max(scores, axis=1) - jnp.min(scores, axis=1))
+
+
+def measurements(config: Any, rollout: Rollout) -> dict[str, Array]:
+    """The metrics of a rollout that every algorithm reports."""
+    metrics = rollouts.measurements(rollout) | rollouts.gaps(rollout)
+    if config.samples_per_prompt > 1:
+        metrics["groups/informative"] = jnp.mean(groups_that_differ(config, rollout))
+    if config.off_policy == "weight":
+        metrics["sampler/weight_avg"] = losses.masked_mean(weights(config, rollout), rollout.mask)
+    return metrics
+
+
+def drift(batch: Any, logprobs: Float[Array, "*b T"]) -> dict[str, Array]:
     """Metrics of how far the policy has moved from the one that sampled, over `batch.mask`.
 
     A loss that reports them is also checked to start each iteration at ratio 1.
@@ -92,12 +141,17 @@ def check(config: Any, dtype: str, iteration: int, metrics: dict[str, float]) ->
 
     Before the first update of every iteration the ratio is 1: in float32 no token's log-probability
     may differ by more than 1e-4 nats between the sampler and `online.forward`. In bfloat16 the old
-    log-probabilities come from `forward`, and the sampler's mean gap is bounded by
-    `max_sampler_gap` (the worst token's by ten times that). A loss that reports
-    "policy/approxkl_avg" must start its first minibatch at 0 within the same bound. In iteration 0
-    the policy is the reference, so their log-probabilities must agree within the same bound.
+    log-probabilities are those of `forward`, and the sampler's may differ from them by
+    `max_sampler_gap` on average. A loss that reports "policy/approxkl_avg" must start its first
+    minibatch at 0, and in iteration 0 the policy must be the reference, both within 1e-4 nats per
+    token, in bfloat16 ten times `max_sampler_gap`.
     Filters do not matter here: the log-probabilities compared are the policy's own.
     """
+    if metrics["check/bad_scores"] > 0:
+        raise training.TrainingStopped(
+            f"iteration {iteration}: {metrics['check/bad_scores']:.0f} scores of the reward are "
+            "NaN or infinite; nothing of this iteration was saved"
+        )
     training.raise_if_bad(iteration, metrics)
     exact = dtype == "float32"
     bound = 1e-4 if exact else 10 * config.max_sampler_gap  # of the worst token
@@ -118,13 +172,22 @@ def check(config: Any, dtype: str, iteration: int, metrics: dict[str, float]) ->
             "iteration 0: the policy is not the reference, their log-probabilities differ by "
             f"{metrics['check/reference_gap']:.3g} nats; pass the policy that training starts from"
         )
-    if metrics.get("groups/informative", 1.0) == 0.0:
-        _say_once(
-            f"iteration {iteration}: in 100 % of the groups all responses have the same score, so "
-            "nothing is learned from them; see groups/informative for the share in other iterations"
-        )
 
 
-@functools.cache
-def _say_once(text: str) -> None:
-    logging.getLogger(__name__).warning(text)
+def checks(config: Any, dtype: str) -> Callable[[int, dict[str, float]], None]:
+    """`check` for every iteration of a run, and a warning, once, where no group can teach."""
+    warned = False
+
+    def of_iteration(iteration: int, metrics: dict[str, float]) -> None:
+        nonlocal warned
+        check(config, dtype, iteration, metrics)
+        if not warned and metrics.get("groups/informative", 1.0) == 0.0:
+            warned = True
+            logging.getLogger(__name__).warning(
+                "iteration %d: in 100 %% of the groups all responses have the same score, so "
+                "comparing them teaches nothing; groups/informative is the share where they "
+                "differ, in every iteration",
+                iteration,
+            )
+
+    return of_iteration

@@ -156,7 +156,7 @@ class Inputs(TypedDict, total=False):
     score: Score  # a reward on the device; the default is `rewards.learned.score`
     reward: host.Reward  # a reward in Python, (prompts, responses, rows) -> scores
     critic: Model  # starts the value network of an algorithm that has one
-    choose: Choose  # how a token is drawn from its logits
+    choose: Choose  # how a token is drawn from its logits, with the probabilities of their softmax
     processors: tuple[Processor, ...]  # change the logits before a token is drawn
     observe: Callable[[Rollout], dict[str, float]]  # sees every rollout on the host
     # (iterations done, policy) -> figures, every `eval_every` iterations. The policy's arrays are
@@ -260,6 +260,16 @@ def _network(path, _):
     return path[0].key
 
 
+def _checked(made: Any) -> tuple[Any, Any, dict[str, Array]]:
+    """What `make_batch` returned. Raises ValueError unless it is (batch, memory, metrics)."""
+    if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[2], dict)):
+        raise ValueError(
+            "make_batch must return (batch, memory, metrics), memory () if it has none and metrics "
+            f"a dict, but it returned {type(made).__name__}"
+        )
+    return made
+
+
 def init_state(config: Config, memory: Any, trainable: dict) -> State:
     """State before the first iteration."""
     memory = jax.tree.map(jnp.copy, memory)
@@ -282,7 +292,7 @@ def update(
     """
     params = partition.combine(frozen, state.train.trainable)
     with explained_tracing():
-        batch, memory, metrics = make_batch(config, params, state.memory, rollout)
+        batch, memory, metrics = _checked(make_batch(config, params, state.memory, rollout))
     optimizer = make_optimizer(config)
     size = jax.tree.leaves(batch)[0].shape[0]
     if size % config.num_minibatches:
@@ -305,7 +315,7 @@ def update(
     keys = jax.random.split(iteration_key(config, state.iteration, 1), config.num_epochs)
     rate = training.schedule(config.policy_optimizer, config.num_updates)(state.train.step)
     train, steps = jax.lax.scan(epoch, state.train, keys)
-    metrics = rollouts.measurements(rollout) | rollouts.gaps(rollout) | metrics
+    metrics = on_policy.measurements(config, rollout) | metrics
     metrics |= {name: jnp.mean(values) for name, values in steps.items()}
     if "policy/approxkl_avg" in steps:
         metrics["check/first_approxkl"] = steps["policy/approxkl_avg"][0, 0]
@@ -314,7 +324,13 @@ def update(
         "lr": rate,
         "episode": (state.iteration + 1) * rollout.tokens.shape[0],
         "model_flops": flops.of_iteration(
-            state.train.trainable, frozen, rollout.attend, rollout.mask, config.num_epochs
+            state.train.trainable,
+            frozen,
+            sampled=rollout.attend,
+            trained=batch.attend,
+            start=rollout.tokens.shape[1] - config.sampling.max_new_tokens,
+            samples=config.samples_per_prompt,
+            num_epochs=config.num_epochs,
         ),
     }
     new = State(train, state.iteration + 1, memory)
@@ -394,8 +410,7 @@ def run(
     runtime = runtime or Runtime()
     mesh = runtime.mesh
     score = _check_inputs(algorithm.name, config, mesh, prompts, scorer, score, reward)
-    if not algorithm.any_sampler:
-        on_policy.check_sampler(algorithm.name, config, processors)
+    on_policy.check_sampler(algorithm.name, config, processors, choose, algorithm.any_sampler)
     loop.check_evaluation(config.eval_every, evaluate)
     drawing = Drawing(tokenizer.ends, choose, processors)
     count = prompt_rows(config, mesh)
@@ -427,7 +442,7 @@ def run(
                 config.eval_every,
             ),
             runtime,
-            check=functools.partial(on_policy.check, config, policy.config.dtype),
+            check=on_policy.checks(config, policy.config.dtype),
             observe=observe,
             evaluate=figures,
         )

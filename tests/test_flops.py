@@ -87,17 +87,32 @@ def test_a_frozen_base_passes_the_gradient_on_and_has_none_of_its_own():
 
 def test_an_iteration_is_sampling_a_reading_by_every_model_and_the_epochs_of_the_trained_ones():
     attend = jnp.asarray([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
-    mask = jnp.asarray([[0, 0, 0, 1, 1], [0, 0, 0, 1, 0]], jnp.float32)
     trunk, sampled = 2 * by_hand(4), 3 * LOGITS
     policy, critic = model(), model(scored=True)
     frozen = {"reference": policy, "scorer": critic}
-    found = flops.of_iteration({"policy": policy, "critic": critic}, frozen, attend, mask, 4)
+    rows = {"sampled": attend, "trained": attend, "start": 3, "samples": 1}
+    found = flops.of_iteration({"policy": policy, "critic": critic}, frozen, **rows, num_epochs=4)
     passes_of_policy, passes_of_critic = 1 + 1 + 4 * 3, 1 + 4 * 3
     expected = (passes_of_policy + 1) * (trunk + sampled) + (passes_of_critic + 1) * trunk
     assert found == pytest.approx(expected, rel=1e-6)
     # A reward that is no model costs no model FLOPs.
-    other = flops.of_iteration({"policy": policy}, {"scorer": {"w": 1.0}}, attend, mask, 1)
+    other = flops.of_iteration({"policy": policy}, {"scorer": {"w": 1.0}}, **rows, num_epochs=1)
     assert other == (1 + 1 + 3) * (trunk + sampled)
+
+
+def test_a_prompt_of_several_samples_is_read_once_and_only_what_is_trained_on_is_updated():
+    attend = jnp.asarray([[0, 1, 1, 1, 1], [0, 1, 1, 1, 0]])
+    found = flops.of_iteration(
+        {"policy": model()},
+        {},
+        sampled=attend,
+        trained=attend[:1, None],
+        start=3,
+        samples=2,
+        num_epochs=2,
+    )
+    rows = by_hand(4) + by_hand(3) + 3 * LOGITS
+    assert found == 2 * rows - by_hand(2) + 2 * 3 * (by_hand(4) + 2 * LOGITS)
 
 
 def test_the_compiler_counts_the_same_and_what_is_no_product_besides():

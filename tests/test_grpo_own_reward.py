@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from rlhf_jax import launch
+from rlhf_jax.data.schema import Example
 from rlhf_jax.models import huggingface
 from rlhf_jax.sampling import Sampling
 
@@ -50,7 +51,7 @@ def start(program, config, workdir):
 
 def test_the_reward_by_hand(program):
     responses = ["I smiled. We laughed.", "He was sad.", "a b c a b c a b c"]
-    happy, sad, repeated = program.reward(["", "", ""], responses, [None] * 3).scores
+    happy, sad, repeated = program.reward(["", "", ""], responses, [Example("")] * 3).scores
     assert happy > 0 > sad
     assert repeated < 0
 
@@ -61,7 +62,7 @@ def test_a_pretrained_model_is_tuned_measured_and_exported(
     model = str(real_data / "models" / "stories260K")
     config = small(program, model=model, prompts=prompts)
     summary = start(program, config, tmp_path / "run")
-    assert {"scores_before", "scores_after", "kl"} & summary["grpo"].keys()
+    assert {"score_before", "score_after", "kl"} <= summary["grpo"].keys()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     first = next(row for row in map(json.loads, lines) if "loss" in row)
     assert {"reward/words", "reward/repetition", "groups/informative"} <= first.keys()

@@ -776,7 +776,7 @@ def largest_array(program):
 
 
 def wide_model():
-    shape = transformer.Config(**{**vars(SHAPE), "vocab_size": 4096, "max_length": 512})
+    shape = transformer.Config(**{**vars(SHAPE), "vocab_size": 8192, "max_length": 512})
     return jax.eval_shape(lambda: transformer.init(shape, jax.random.key(0)))
 
 
@@ -807,7 +807,7 @@ def test_the_compiled_sft_step_holds_no_array_of_batch_times_time_times_vocabula
         program = step.lower(state, batch).compile()
         return largest_array(program), program.memory_analysis().temp_size_in_bytes
 
-    whole = rows * width * 4096
+    whole = rows * width * 8192
     array, bytes_ = compiled(sft.loss)
     assert array < whole and bytes_ < 4 * whole
     array, bytes_ = compiled(plain)
@@ -826,6 +826,6 @@ def test_the_compiled_ppo_step_holds_no_array_of_batch_times_time_times_vocabula
     kinds = {"scores": "float32", "finished": "float32", "lengths": "int32", "index": "int32"}
     vectors = {name: jax.ShapeDtypeStruct((rows,), kind) for name, kind in kinds.items()}
     program = update(ppo.loss, config).lower(state, rollout._replace(**vectors)).compile()
-    whole = rows * new * 4096
+    whole = rows * new * 8192
     assert largest_array(program) < whole
     assert program.memory_analysis().temp_size_in_bytes < 4 * whole

@@ -189,7 +189,10 @@ def test_it_imports_trains_resumes_and_exports_on_eight_devices(
 LISTED = {
     "quickstart": (12, None),
     "stories_sentiment": (11, None),
+    "arithmetic": (7, None),
+    "side_by_side": (27, None),
     "own_data": (16, own_data),
+    "grpo_own_reward": (5, None),
     "dpo_own_data": (5, None),
     "sft_alpaca_zh": (3, None),
     "reward_model_harmless": (6, preferences),

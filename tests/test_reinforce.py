@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from rlhf_jax.algorithms import reinforce
-from rlhf_jax.sampling import Drawing, Sampling
+from rlhf_jax.sampling import Drawing, Sampling, decode
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -39,7 +39,7 @@ def exact():
 def estimated(baseline, config=CONFIG, loss_fn=reinforce.loss, **given):
     return enumeration.estimates(
         config,
-        reinforce.algorithm(baseline, loss_fn),
+        reinforce.algorithm(config, baseline, loss_fn),
         COUNT,
         reference=enumeration.model(1),
         **given,
@@ -56,7 +56,7 @@ def test_a_baseline_that_does_not_see_the_response_leaves_the_gradient_unbiased(
     given = {}
     baseline = getattr(reinforce, name)
     if name == "moving_average":
-        baseline, given = reinforce.moving_average(), {"memory": reinforce.Average(0.7)}
+        baseline, given = reinforce.moving_average(), {"memory": reinforce.Average(0.7, 1.0)}
     found = estimated(baseline, **given)
     assert np.abs(enumeration.z_scores(found, exact())).max() < 3
 
@@ -64,7 +64,7 @@ def test_a_baseline_that_does_not_see_the_response_leaves_the_gradient_unbiased(
 def test_the_first_update_of_the_clipped_loss_has_the_same_gradient():
     plain = estimated(reinforce.leave_one_out)
     clipped = estimated(reinforce.leave_one_out, loss_fn=reinforce.clipped_loss)
-    np.testing.assert_allclose(clipped, plain, atol=1e-5)
+    np.testing.assert_allclose(clipped, plain, atol=1e-5 * np.abs(plain).max())
 
 
 def test_self_critical_training_is_unbiased_and_never_trains_on_the_greedy_response():
@@ -83,12 +83,15 @@ def test_a_mean_that_contains_the_response_scales_the_gradient(name):
     assert np.abs(enumeration.z_scores(found, exact())).max() > 3
 
 
-def test_leave_one_out_has_less_variance_than_no_baseline():
+def test_leave_one_out_takes_away_the_variance_of_what_all_rewards_have_in_common(monkeypatch):
+    """With K = 2 it doubles that of a reward of mean 0, so here the mean is 5."""
+    score, config = enumeration.score, dataclasses.replace(CONFIG, kl_coef=0.0)
+    monkeypatch.setattr(enumeration, "score", lambda *arrays: 5.0 + score(*arrays))
     spread = {
-        name: estimated(getattr(reinforce, name)).var(0).sum()
+        name: estimated(getattr(reinforce, name), config).var(0).sum()
         for name in ("nothing", "leave_one_out")
     }
-    assert spread["leave_one_out"] < spread["nothing"]
+    assert spread["leave_one_out"] < 0.5 * spread["nothing"]
 
 
 def banned_twice(logits, history):
@@ -163,8 +166,10 @@ def test_the_moving_average_lags_by_one_iteration():
     baseline = reinforce.moving_average(0.5)
     values, memory = baseline.of(baseline.memory, jnp.array([[4.0, 6.0]]))
     assert (values == 0).all()
-    values, _ = baseline.of(memory, jnp.array([[9.0, 9.0]]))
-    np.testing.assert_allclose(values, 2.5)
+    values, memory = baseline.of(memory, jnp.array([[9.0, 9.0]]))
+    np.testing.assert_allclose(values, 5.0)
+    values, _ = baseline.of(memory, jnp.array([[0.0, 0.0]]))
+    np.testing.assert_allclose(values, (0.5 * 5.0 + 9.0) / 1.5)
 
 
 # ----------------------------------------------------------------------------------------- runs
@@ -173,9 +178,9 @@ TINY = reinforce.Config(
     num_iterations=2,
     batch_size=8,
     samples_per_prompt=4,
-    num_minibatches=2,
     sampling=Sampling(max_new_tokens=6),
-    policy_optimizer=tiny.ADAM,
+    # With a large eps the first step is no sign of the gradient, whose last digits differ by mesh.
+    policy_optimizer=dataclasses.replace(tiny.ADAM, learning_rate=1e-2, eps=1e-4),
 )
 
 
@@ -197,7 +202,7 @@ def test_a_run_is_the_same_on_a_mesh_of_eight(name):
     other, others = run(mesh="2x2x2", baseline=baseline)
     for key in ("loss", "grad_norm", "objective/kl", "objective/baseline"):
         values = [line[key] for line in history]
-        np.testing.assert_allclose([h[key] for h in others], values, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose([h[key] for h in others], values, rtol=1e-4, atol=1e-5)
     moved = tiny.distance(policy, tiny.model())
     assert moved > 0.1
     assert tiny.distance(other, policy) < 1e-3 * moved
@@ -206,8 +211,10 @@ def test_a_run_is_the_same_on_a_mesh_of_eight(name):
 @pytest.mark.parametrize(
     "changes, inputs, message",
     [
+        ({"num_epochs": 2}, {}, "2 updates per iteration, but `loss` is the policy gradient"),
+        ({}, {"choose": decode.greedy}, "learns from responses that are drawn at random"),
         ({"samples_per_prompt": 1}, {}, "samples_per_prompt=1 must be at least 2"),
-        ({}, {"critic": True}, "this algorithm has no critic"),
+        ({}, {"critic": tiny.model()}, "this algorithm has no critic"),
         (
             {"sampling": Sampling(max_new_tokens=6, top_p=0.9)},
             {},
@@ -224,3 +231,19 @@ def test_what_does_not_fit_is_refused_in_a_sentence(changes, inputs, message):
 def test_a_queue_of_no_rewards_is_refused():
     with pytest.raises(ValueError, match=r"queue\(size=0\) must hold at least one reward"):
         reinforce.queue(0)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_a_decay_that_averages_nothing_is_refused(decay):
+    with pytest.raises(ValueError, match="must be in \\[0, 1\\)"):
+        reinforce.moving_average(decay)
+
+
+def test_greedy_responses_are_not_among_the_figures_of_what_is_trained_on():
+    rollout = tiny.some_rollout(6)._replace(old_logprobs=jnp.arange(36.0).reshape(6, 6))
+    config = dataclasses.replace(CONFIG, samples_per_prompt=3)
+    _, _, metrics = reinforce.make_batch(reinforce.greedy, config, {}, (), rollout)
+    drawn = jnp.array([1, 2, 4, 5])
+    assert metrics["objective/scores"] == rollout.scores[drawn].mean()
+    assert metrics["objective/kl"] == rollout.old_logprobs[drawn].sum(1).mean()
+    assert metrics["objective/length"] == 6

@@ -173,7 +173,7 @@ def test_a_reward_that_turns_nan_stops_at_its_iteration_and_keeps_the_last_good_
             critic=None,
             checkpoints=checkpoints,
         )
-        with pytest.raises(TrainingStopped, match="non-finite loss or gradient at update 8"):
+        with pytest.raises(TrainingStopped, match="iteration 2: 16 scores of the reward are NaN"):
             run_ppo(
                 tiny.PPO,
                 score=turns_nan,
@@ -187,6 +187,7 @@ def test_a_reward_that_turns_nan_stops_at_its_iteration_and_keeps_the_last_good_
 def test_a_reference_that_is_not_the_policy_stops_the_run():
     metrics = {
         "bad_step": -1.0,
+        "check/bad_scores": 0.0,
         "check/logprob_gap": 1e-6,
         "check/sampler_gap": 0.0,
         "check/reference_gap": 0.3,

@@ -30,6 +30,11 @@ class Workload:
     # reward models read pairs.
     samples: int = 1
 
+    def __post_init__(self) -> None:
+        """Raises ValueError if the samples do not divide the batch."""
+        if self.samples < 1 or self.batch % self.samples:
+            raise ValueError(f"samples={self.samples} do not divide the batch of {self.batch} rows")
+
 
 class Work(NamedTuple):
     """What any program for a step must do at least: the FLOPs of the model, and bytes to move."""

@@ -1,9 +1,9 @@
 """The workloads that the benchmarks time: steps of each algorithm on random tokens.
 
-`sft` and `reward_model` (pairs) are one update. `sampling` and `greedy` draw responses, prefill
-included, and `beam` searches them. `ppo` is a whole iteration with a critic of its own,
-`ppo_shared` one whose critic is a scalar head on the policy; both make 4 epochs of 1 minibatch.
-`grpo` is an iteration of one update. Each program is the one that training runs.
+`sft`, `reward_model` and `dpo` (the last two on pairs) are one update. `sampling` and `greedy` draw
+responses, prefill included, and `beam` searches them. `ppo` is a whole iteration with a critic of
+its own, `ppo_shared` one whose critic is a scalar head on the policy; both make 4 epochs of 1
+minibatch. `grpo` is an iteration of one update. Each program is the one that training runs.
 
 Beside each time stand two lower bounds, measured in the same run. `arithmetic` is the time that the
 model's FLOPs (`models/flops.py`) would take at the rate of one large matrix product, and `memory`
@@ -23,10 +23,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bounds import Work, Workload, grpo_work, ppo_work, reward_model_work, sampling_work, sft_work
+from bounds import (
+    Work,
+    Workload,
+    dpo_work,
+    grpo_work,
+    ppo_work,
+    reward_model_work,
+    sampling_work,
+    sft_work,
+)
 
 from rlhf_jax import chips, online, sharding
-from rlhf_jax.algorithms import grpo, ppo, reward_model, sft
+from rlhf_jax.algorithms import dpo, grpo, ppo, reward_model, sft
 from rlhf_jax.data.batches import Comparisons, Demonstrations, Prompts
 from rlhf_jax.data.records import Ends
 from rlhf_jax.models import transformer
@@ -87,16 +96,19 @@ def _random_tokens(config, *shape):
     return tokens.astype(np.int32), np.ones(shape, np.int32)
 
 
-def _supervised(mesh, config, loss_fn, models, batch, tokens, work):
-    """The step of SFT and reward modelling: the program that their `run` calls."""
+def _supervised(mesh, config, loss_fn, models, batch, work, frozen=None):
+    """The step of an algorithm on data: the program that its `run` calls."""
     state = sharding.initialise(mesh, loop.init_state, config, models)
-    step = loop.supervised_program(loss_fn, mesh, state, {})
+    frozen = frozen or {}
+    program = loop.supervised_program(loss_fn, mesh, state, frozen)
     batch = sharding.put_rows(mesh, batch)
-    programs = ((step, (config, state, {}, batch)),)
+    programs = ((program, (config, state, frozen, batch)),)
     trained = jax.eval_shape(lambda: models)
-    return Task(
-        state, lambda state: step(config, state, {}, batch)[0], programs, tokens, work, trained
-    )
+
+    def step(state):
+        return program(config, state, frozen, batch)[0]
+
+    return Task(state, step, programs, batch.tokens.size, work, trained)
 
 
 def make_sft(config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
@@ -106,20 +118,32 @@ def make_sft(config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Mode
     mask[:, config.prompt :] = 1.0
     batch = Demonstrations(tokens, attend, mask)
     models, work = {"policy": policy}, sft_work(config, policy)
-    return _supervised(mesh, sft.Config(), sft.loss, models, batch, tokens.size, work)
+    return _supervised(mesh, sft.Config(), sft.loss, models, batch, work)
 
 
 def make_reward_model(config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
-    """A step of the reward model: one pair per prompt, so twice the rows of SFT."""
-    tokens, attend = _random_tokens(config, config.batch, 2, config.prompt + config.response)
-    ranks = np.tile(np.arange(2, dtype=np.int32), (config.batch, 1))
-    margin = np.zeros(config.batch, np.float32)
-    mask, present = np.ones(tokens.shape, np.float32), np.ones(ranks.shape, np.float32)
-    batch = Comparisons(tokens, attend, mask, ranks, present, margin)
+    """A step of the reward model."""
+    batch = _pairs(config)
     scorer = reward_model.init_scorer(policy, jax.random.key(1))
     models, work = {"scorer": scorer}, reward_model_work(config, scorer)
-    loss = reward_model.loss
-    return _supervised(mesh, reward_model.Config(), loss, models, batch, tokens.size, work)
+    return _supervised(mesh, reward_model.Config(), reward_model.loss, models, batch, work)
+
+
+def make_dpo(config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
+    """A step of DPO, whose reference is the policy as it was."""
+    models, work = {"policy": policy}, dpo_work(config, policy)
+    frozen = {"reference": policy}
+    return _supervised(mesh, dpo.Config(), dpo.loss, models, _pairs(config), work, frozen)
+
+
+def _pairs(config):
+    """One pair per prompt, so twice the rows of SFT."""
+    tokens, attend = _random_tokens(config, config.batch, 2, config.prompt + config.response)
+    mask = np.zeros(tokens.shape, np.float32)
+    mask[..., config.prompt :] = 1.0
+    ranks = np.tile(np.arange(2, dtype=np.int32), (config.batch, 1))
+    present, margin = np.ones(ranks.shape, np.float32), np.zeros(config.batch, np.float32)
+    return Comparisons(tokens, attend, mask, ranks, present, margin)
 
 
 def _prompts(config, mesh):
@@ -244,6 +268,7 @@ def _online(config, mesh, policy, settings, algorithm, networks, reward, work) -
 MAKERS = {
     "sft": make_sft,
     "reward_model": make_reward_model,
+    "dpo": make_dpo,
     "sampling": functools.partial(make_sampling, temperature=1.0),
     "greedy": functools.partial(make_sampling, temperature=0.0),
     "beam": make_beam,

@@ -38,8 +38,10 @@ def kl_bound(n: int) -> float:
     """log n - (n - 1) / n, nats: an upper bound of the KL of best of n to the policy.
 
     It is often quoted as an equality, but for discrete responses it is only a bound (Beirami et al.
-    2024, arXiv:2401.01879).
+    2024, arXiv:2401.01879). Raises ValueError for n < 1.
     """
+    if n < 1:
+        raise ValueError(f"the best of n={n} responses needs at least one")
     return math.log(n) - (n - 1) / n
 
 

@@ -76,6 +76,12 @@ class Config(online.Config):
                 f"{self.num_groups} groups per iteration, which stay together, are not a multiple "
                 f"of num_minibatches={self.num_minibatches}"
             )
+        rows = self.num_groups // self.num_minibatches * self.samples_per_prompt
+        if rows % self.micro_batches:
+            raise ValueError(
+                f"a minibatch of {rows} responses is not a multiple of "
+                f"micro_batches={self.micro_batches}"
+            )
 
     @property
     def num_groups(self) -> int:
@@ -137,7 +143,7 @@ def make_batch(
         return x.reshape(-1, config.samples_per_prompt, *x.shape[1:])
 
     scores = grouped(rollout.scores)
-    differ = (jnp.max(scores, axis=1) > jnp.min(scores, axis=1)).astype(jnp.float32)
+    differ = on_policy.groups_that_differ(config, rollout)
     batch = Batch(
         tokens=grouped(rollout.tokens),
         attend=grouped(rollout.attend),
@@ -147,10 +153,7 @@ def make_batch(
         weights=grouped(on_policy.weights(config, rollout)),
         advantages=advantage(scores),
     )
-    metrics = {
-        "groups/informative": jnp.mean(differ),
-        "groups/scores_std": jnp.mean(jnp.std(scores, axis=1)),
-    }
+    metrics = {"groups/scores_std": jnp.mean(jnp.std(scores, axis=1))}
     if config.train_groups is not None:
         order = jnp.argsort(-differ, stable=True)[: config.train_groups]
         batch = jax.tree.map(lambda x: x[order], batch)
@@ -214,7 +217,8 @@ def loss(
     rows = Batch(*(x.reshape(-1, *x.shape[2:]) for x in batch))
     logprobs, _, entropy = online.forward(config, params, rows)
     mask = rows.mask
-    ratio = log_ratio((logprobs - rows.old_logprobs) * mask, mask)
+    logprobs = logprobs * mask  # as those in the batch; else the KL of padding may overflow
+    ratio = log_ratio(logprobs - rows.old_logprobs, mask)
     gains = rows.advantages[:, None] * rows.weights
     each = losses.clipped_policy_loss(
         logprobs=ratio,

@@ -11,12 +11,13 @@ response that they are subtracted from, so they leave the gradient's expectation
 `batch_mean` and `queue` contain the response itself: they scale it, by (N - 1) / N where N rewards
 are averaged, and keep its direction.
 
-The gradient is that of the policy that sampled, so an iteration should be one update, as it is by
-default. `clipped_loss` is for several: PPO's clipped surrogate with the ratio of whole responses.
+The gradient is that of the policy that sampled, so `loss` is for one update per iteration.
+`clipped_loss` is for several: PPO's clipped surrogate with the ratio of whole responses.
 
 With `off_policy="weight"` each response is weighted by policy / sampler
-(`on_policy.response_weights`): unbiased for penalties, but for the bound on the weights; filters
-leave the gradient over the responses that they let through.
+(`on_policy.response_weights`): unbiased for penalties, but for the bound on the weights. Filters
+leave the gradient over the responses that they let through, and there a baseline is no longer
+neutral: it raises or lowers the share of all of them together.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlhf_jax import abstract, advantages, losses, on_policy, online
@@ -33,6 +36,7 @@ from rlhf_jax.abstract import Stage
 from rlhf_jax.config import Count, NonNegative
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import decode
+from rlhf_jax.sampling import rollout as rollouts
 from rlhf_jax.sampling.decode import Choose
 from rlhf_jax.sampling.rollout import Rollout
 from rlhf_jax.training.metrics import Display
@@ -109,20 +113,30 @@ greedy = Baseline(_greedy, samples=2, greedy=True)
 
 
 class Average(NamedTuple):
-    """An exponential average of batch means; 0 before the first."""
+    """An exponential average of batch means, `value / weight`."""
 
     value: Float[Array, ""]
+    weight: Float[Array, ""]  # of the means so far, towards 1
 
 
 def _moving_average(decay: float, memory: Average, rewards):
     value = decay * memory.value + (1.0 - decay) * jnp.mean(rewards)
-    return jnp.full_like(rewards, memory.value), Average(value)
+    weight = decay * memory.weight + (1.0 - decay)
+    mean = memory.value / jnp.maximum(memory.weight, jnp.finfo(jnp.float32).tiny)
+    return jnp.full_like(rewards, mean), Average(value, weight)
 
 
 @functools.cache
 def moving_average(decay: float = 0.9) -> Baseline:
-    """The exponential average of the mean rewards of earlier iterations, which starts at 0."""
-    return Baseline(functools.partial(_moving_average, decay), Average(jnp.float32(0.0)))
+    """The exponential average of the mean rewards of earlier iterations; 0 in the first.
+
+    It is not biased towards 0: the weights of the earlier means add up to 1, as in Adam.
+    """
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"moving_average(decay={decay}) must be in [0, 1)")
+    return Baseline(
+        functools.partial(_moving_average, decay), Average(jnp.float32(0.0), jnp.float32(0.0))
+    )
 
 
 class Queue(NamedTuple):
@@ -143,7 +157,10 @@ def _queue(memory: Queue, rewards):
 
 @functools.cache
 def queue(size: int = 1000) -> Baseline:
-    """The mean of the last `size` rewards, those of this iteration included (ESRL, 2308.02223)."""
+    """The mean of the last `size` rewards, those of this iteration included (ESRL, 2308.02223).
+
+    A queue smaller than the rewards of an iteration holds the last `size` of them.
+    """
     if size < 1:
         raise ValueError(f"queue(size={size}) must hold at least one reward")
     return Baseline(_queue, Queue(jnp.zeros(size), jnp.int32(0)))
@@ -174,13 +191,23 @@ def make_batch(baseline: Baseline, config: Config, params: dict, memory: Any, ro
         advantages=gains * is_trained * on_policy.response_weights(config, rollout),
     )
     metrics = {
-        "objective/scores": losses.masked_mean(rollout.scores, is_trained),
+        **_measured(config, baseline, rollout),
         "objective/rlhf_reward": losses.masked_mean(rewards, is_trained),
         "objective/non_score_reward": losses.masked_mean(-config.kl_coef * kl, is_trained),
         "objective/baseline": losses.masked_mean(baselines.reshape(-1), is_trained),
         "objective/advantages_std": jnp.sqrt(losses.masked_mean(gains**2, is_trained)),
     }
     return batch, memory, metrics
+
+
+def _measured(config: Config, baseline: Baseline, rollout: Rollout) -> dict[str, Array]:
+    """The metrics of the rollout, without its greedy responses."""
+    if not baseline.greedy:
+        return {}
+
+    rows = np.arange(rollout.scores.shape[0])
+    drawn = jax.tree.map(lambda x: x[rows[rows % config.samples_per_prompt > 0]], rollout)
+    return rollouts.measurements(drawn) | {"num_tokens": jnp.sum(rollout.lengths)}
 
 
 def loss(config: Config, params: dict, batch: Batch):
@@ -223,8 +250,25 @@ def _metrics(batch: Batch, logprobs, entropy) -> dict[str, Array]:
     return on_policy.drift(batch, logprobs) | {"policy/entropy_avg": entropy}
 
 
-def algorithm(baseline: Baseline = leave_one_out, loss_fn: Callable = loss) -> online.Algorithm:
-    """REINFORCE as `online` runs it."""
+def algorithm(
+    config: Config, baseline: Baseline = leave_one_out, loss_fn: Callable = loss
+) -> online.Algorithm:
+    """REINFORCE as `online` runs it.
+
+    Raises ValueError if the baseline needs more samples of each prompt, or if `loss` is to be used
+    for several updates on the same responses.
+    """
+    if config.samples_per_prompt < baseline.samples:
+        raise ValueError(
+            f"samples_per_prompt={config.samples_per_prompt} must be at least {baseline.samples}: "
+            "this baseline compares the responses to a prompt"
+        )
+    updates = config.num_epochs * config.num_minibatches
+    if loss_fn is loss and updates > 1:
+        raise ValueError(
+            f"num_epochs * num_minibatches = {updates} updates per iteration, but `loss` is the "
+            "policy gradient in the first only; pass loss_fn=reinforce.clipped_loss"
+        )
     return online.Algorithm(
         "reinforce",
         DISPLAY,
@@ -262,17 +306,12 @@ def run(
     """Trains `policy` on a reward, with a KL penalty to where it starts; see `online.Inputs`.
 
     With the `greedy` baseline one of the `samples_per_prompt` responses is the greedy one.
-    Raises ValueError if the baseline needs more samples of each prompt.
+    Raises ValueError as `algorithm` does, and for inputs that do not fit.
     """
-    if config.samples_per_prompt < baseline.samples:
-        raise ValueError(
-            f"samples_per_prompt={config.samples_per_prompt} must be at least {baseline.samples}: "
-            "this baseline compares the responses to a prompt"
-        )
     if baseline.greedy:
         choose = inputs.get("choose", decode.categorical)
         inputs["choose"] = greedy_first(config.samples_per_prompt, choose)
-    trained, history = online.run(config, algorithm(baseline, loss_fn), **inputs)
+    trained, history = online.run(config, algorithm(config, baseline, loss_fn), **inputs)
     return Result(trained["policy"], history)
 
 
@@ -284,4 +323,4 @@ def programs(
     **shapes: Unpack[abstract.Inputs],
 ) -> Stage:
     """What `run` runs; `result` is the trained policy."""
-    return abstract.online(config, algorithm(baseline, loss_fn), **shapes)
+    return abstract.online(config, algorithm(config, baseline, loss_fn), **shapes)

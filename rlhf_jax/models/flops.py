@@ -90,24 +90,39 @@ def of_update(trainable: dict, frozen: dict, attend: Int[Array, "*b T"]) -> Floa
 def of_iteration(
     trainable: dict,
     frozen: dict,
-    attend: Int[Array, "B T"],
-    mask: Float[Array, "B T"],
+    *,
+    sampled: Int[Array, "B T"],
+    trained: Int[Array, "*b T"],
+    start: int,
+    samples: int,
     num_epochs: int,
 ) -> Float[Array, ""]:
-    """FLOPs of one iteration of an online algorithm on its rollout (`Rollout.attend` and `mask`).
+    """FLOPs of one iteration of an online algorithm: `sampled` and `trained` are `attend` of rows.
 
-    The policy samples, which is one forward pass with the cache; every model reads the rows once;
-    the trained ones are updated in every epoch. Policy and reference need logits, at the sampled
-    tokens.
+    The policy samples, which is one forward pass with the cache that reads the prompt of `samples`
+    consecutive rows once; every model reads the sampled rows once; in every epoch the trained ones
+    are updated on the rows `trained`, which may be fewer. Policy and reference need logits, at the
+    real tokens from column `start` on, where the responses begin.
     """
     total = jnp.float32(0.0)
     for name, model in _models(trainable, frozen).items():
         speaks = name in ("policy", "reference")
-        passes = 1.0 + (name == "policy")
+        once = _of_responses(model.config, sampled, start, speaks)
+        total += once
+        if name == "policy":
+            prompts, each = sampled[:, :start], sampled[::samples, :start]
+            repeated = _of_rows(model.config, prompts, 0) - _of_rows(model.config, each, 0)
+            total += once - repeated
         if name in trainable:
-            passes += num_epochs * _passes(name, trainable, frozen)
-        total += passes * _of_rows(model.config, attend, jnp.sum(mask) * speaks)
+            passes = num_epochs * _passes(name, trainable, frozen)
+            total += passes * _of_responses(model.config, trained, start, speaks)
     return total
+
+
+def _of_responses(c: Config, attend: Int[Array, "*b T"], start: int, speaks: bool):
+    """A forward pass over rows, with logits at the real tokens from column `start` on."""
+    rows = attend.reshape(-1, attend.shape[-1])
+    return _of_rows(c, rows, jnp.sum(rows[:, start:] > 0) * speaks)
 
 
 def _models(trainable: dict, frozen: dict) -> dict[str, Model]:

@@ -210,7 +210,8 @@ def measurements(rollout: Rollout) -> dict[str, Array]:
 
 
 def gaps(rollout: Rollout) -> dict[str, Array]:
-    """How far computations of the same log-probabilities disagree, nats: see `on_policy.check`."""
+    """What `on_policy.checks` reads: how far computations of the same log-probabilities disagree,
+    in nats, and how many scores are not finite."""
 
     def gap(other: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return jnp.abs(rollout.old_logprobs - other) * rollout.mask
@@ -219,6 +220,7 @@ def gaps(rollout: Rollout) -> dict[str, Array]:
         "check/logprob_gap": jnp.max(gap(rollout.forward_logprobs)),
         "check/sampler_gap": losses.masked_mean(gap(rollout.sampler_logprobs), rollout.mask),
         "check/reference_gap": jnp.max(gap(rollout.ref_logprobs)),
+        "check/bad_scores": jnp.sum(~jnp.isfinite(rollout.scores)),
     }
 
 
