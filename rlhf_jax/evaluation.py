@@ -23,6 +23,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import host, learned
 from rlhf_jax.sampling import rollout as rollouts
+from rlhf_jax.sampling import settings
 from rlhf_jax.sampling.decode import Sampling
 from rlhf_jax.sampling.rollout import Drawing, Score
 from rlhf_jax.training.metrics import Log
@@ -84,6 +85,7 @@ def answer(exam: Exam, policy: Model, number: int = 0) -> Answers:
 
     A reward in Python reads texts, which are made in `assess`: here the scores are then 0.
     """
+    settings.check_vocabulary(exam.sampling, policy.config.vocab_size)
     score = None if exam.reward else exam.score
     # A number that no iteration of training has: those count from 0.
     key = jax.random.fold_in(jax.random.key(exam.seed), 2**31 - 1)
@@ -161,7 +163,7 @@ def assess(exam: Exam, answers: Answers) -> Evaluation:
     gold, scores = None, answers.scores
     if exam.reward is not None:
         examples, numbers = exam.prompts.examples, np.arange(len(prompts))
-        scores = host.scores(exam.reward, exam.tokenizer, examples, answers, numbers)
+        scores = host.scores(exam.reward, exam.tokenizer, examples, answers, numbers).scores
     if exam.gold is not None:
         gold = np.array([exam.gold(*pair) for pair in zip(prompts, responses)])
     nats = -np.sum(answers.ref_logprobs * answers.mask, axis=1)

@@ -34,7 +34,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import flops, partition
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import host, learned
-from rlhf_jax.sampling import decode
+from rlhf_jax.sampling import decode, settings
 from rlhf_jax.sampling import rollout as rollouts
 from rlhf_jax.sampling.decode import Choose, Processor, Samples, Sampling
 from rlhf_jax.sampling.rollout import Drawing, Outputs, Rollout, Score
@@ -301,11 +301,10 @@ def update(
             f"{config.num_minibatches} does not divide"
         )
 
-    loss_of = functools.partial(loss_fn, config)
-
     def update_once(train, rows):
         minibatch = jax.tree.map(lambda x: x[rows], batch)
         minibatch = shards.constrain_rows(minibatch, name="rows or groups per minibatch")
+        loss_of = functools.partial(loss_fn, config)
         return training.gradient_step(loss_of, optimizer, train, frozen, minibatch)
 
     def epoch(train, key):
@@ -407,15 +406,12 @@ def run(
     computes the log-probabilities of the reference and the values. Continues from the newest
     checkpoint. Raises ValueError for inputs that do not fit, TrainingStopped for a failed check.
     """
-    runtime = runtime or Runtime()
-    mesh = runtime.mesh
-    score = _check_inputs(algorithm.name, config, mesh, prompts, scorer, score, reward)
+    mesh = (runtime := runtime or Runtime()).mesh
+    score = _check_inputs(algorithm.name, config, mesh, policy, prompts, scorer, score, reward)
     on_policy.check_sampler(algorithm.name, config, processors, choose, algorithm.any_sampler)
     loop.check_evaluation(config.eval_every, evaluate)
     drawing = Drawing(tokenizer.ends, choose, processors)
-    count = prompt_rows(config, mesh)
-    places = np.arange(count) // (count // config.batch_size)
-    prompts = prompts.reading(places[sharding.process_rows(mesh, count)])
+    prompts = _in_rows(config, mesh, prompts)
     with jax.set_mesh(mesh):
         trainable, bases = partition.partition(algorithm.networks(config, policy, critic))
         given = sharding.place(mesh, {"reference": policy, "scorer": scorer, **bases})
@@ -449,9 +445,10 @@ def run(
     return loop.models_of(given, state.train), history
 
 
-def _check_inputs(name, config, mesh, prompts, scorer, score, reward) -> Score | None:
+def _check_inputs(name, config, mesh, policy, prompts, scorer, score, reward) -> Score | None:
     """The reward on the device, None if it is in Python. Raises ValueError if inputs do not fit."""
     loader.expect(prompts, f"{name}.run", Prompts)
+    settings.check_vocabulary(config.sampling, policy.config.vocab_size)
     loop.check_batch_size(config.batch_size, prompts)
     sharding.check_rows(mesh, **config.row_counts())
     if reward is None:
@@ -464,6 +461,13 @@ def _check_inputs(name, config, mesh, prompts, scorer, score, reward) -> Score |
         raise ValueError("give a reward in Python, or a score on the device with its scorer")
     host.check_arguments(reward, "prompts", "responses", "rows")
     return None
+
+
+def _in_rows(config: Config, mesh, prompts: Loader) -> Loader:
+    """The prompts in as many rows as `prompt_rows` says, of which this process reads its own."""
+    count = prompt_rows(config, mesh)
+    places = np.arange(count) // (count // config.batch_size)
+    return prompts.reading(places[sharding.process_rows(mesh, count)])
 
 
 def _iterate(

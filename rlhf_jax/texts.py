@@ -3,6 +3,7 @@
     model, tokenizer = folders.load("my-llama")
     asked = ["Why is the sky blue?", "Why is the sea?"]
     answers = texts.generate(model, tokenizer, asked, Sampling(max_new_tokens=64))
+    likely = texts.search(model, tokenizer, asked, Beam(beams=4, max_new_tokens=64))
     nats = texts.logprobs(model, tokenizer, asked, answers)
 
 A prompt is a text, or a list of messages with `role` and `content`. Where the tokenizer has a chat
@@ -20,7 +21,7 @@ import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,8 +33,9 @@ from rlhf_jax.data.schema import Message
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import heads, transformer
 from rlhf_jax.models.transformer import Model
-from rlhf_jax.sampling import decode
-from rlhf_jax.sampling.decode import Sampling
+from rlhf_jax.sampling import beam, decode
+from rlhf_jax.sampling.beam import Beam
+from rlhf_jax.sampling.settings import Sampling, check_vocabulary
 from rlhf_jax.training.metrics import Display, Log
 
 Prompt = str | Sequence[Message | Mapping[str, str]]  # a text, or messages
@@ -68,22 +70,60 @@ def generate(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be 1 or more")
+    check_vocabulary(sampling, model.config.vocab_size)
+    ids, asked = _read(model, tokenizer, prompts, sampling, raw_prompts)
+    rows = [
+        (*one, np.int32(i), np.int32(k)) for i, one in enumerate(asked) for k in range(num_samples)
+    ]
+    root = jax.random.key(seed)
+    program = functools.partial(_answers, model, sampling, root, ends=tokenizer.ends)
+    found = _in_batches("answers", program, rows, batch_size, model, progress)
+    return [_said(tokenizer, ids[i // num_samples], *one) for i, one in enumerate(found)]
+
+
+def search(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    settings: Beam,
+    *,
+    batch_size: int = 16,
+    raw_prompts: bool = False,
+    progress: bool = True,
+) -> list[str]:
+    """The `settings.num_return` best answers to each prompt that a beam search finds, best first.
+
+    N prompts -> N * num_return texts, as from `generate`; see `sampling.beam`. `batch_size` counts
+    prompts. Raises ValueError as `generate` does, and for more beams than tokens.
+    """
+    ids, rows = _read(model, tokenizer, prompts, settings, raw_prompts)
+    program = functools.partial(_hypotheses, model, settings, ends=tokenizer.ends)
+    found = _in_batches("searches", program, rows, batch_size, model, progress)
+    return [_said(tokenizer, i, *one) for i, several in zip(ids, found) for one in zip(*several)]
+
+
+def _read(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    sampling: Sampling | Beam,
+    raw_prompts: bool,
+) -> tuple[list[list[int]], list[Padded]]:
+    """The ids of the prompts, as they are and padded."""
     _check_texts(prompts=prompts)
     ids, rows = [], []
     for i, prompt in enumerate(prompts):
         name = _named(i, prompt)
         with schema.at(name):
             ids.append(encode(tokenizer, prompt, raw_prompts))
-        tokens, attend = padded(model, tokenizer, sampling, ids[i], name)
-        rows += [(tokens, attend, np.int32(i), np.int32(k)) for k in range(num_samples)]
-    root = jax.random.key(seed)
-    program = functools.partial(_answers, model, sampling, root, ends=tokenizer.ends)
-    found = _in_batches("answers", program, rows, batch_size, model, progress)
-    said = [
-        [x for x in tokens[:length].tolist() if x not in tokenizer.eos_ids]
-        for tokens, length in found
-    ]
-    return [continuation(tokenizer, ids[i // num_samples], x) for i, x in enumerate(said)]
+        rows.append(padded(model, tokenizer, sampling, ids[i], name))
+    return ids, rows
+
+
+def _said(tokenizer: Tokenizer, ids: list[int], tokens: np.ndarray, length: Any) -> str:
+    """The text of an answer, without EOS."""
+    kept = [x for x in tokens[:length].tolist() if x not in tokenizer.eos_ids]
+    return continuation(tokenizer, ids, kept)
 
 
 def logprobs(
@@ -166,7 +206,7 @@ def continuation(tokenizer: Tokenizer, ids: Sequence[int], tokens: Sequence[int]
     return tokenizer.decode(context + list(tokens))[len(tokenizer.decode(context)) :]
 
 
-def max_prompt(model: Model, sampling: Sampling) -> int:
+def max_prompt(model: Model, sampling: Sampling | Beam) -> int:
     """The longest prompt, in tokens, that leaves room for an answer.
 
     Raises ValueError where an answer of `max_new_tokens` would leave no position for a prompt.
@@ -190,7 +230,7 @@ class Padded(NamedTuple):
 def padded(
     model: Model,
     tokenizer: Tokenizer,
-    sampling: Sampling,
+    sampling: Sampling | Beam,
     ids: Sequence[int],
     name: str = "the prompt",
 ) -> Padded:
@@ -247,6 +287,13 @@ def _answers(model, sampling, root, tokens, attend, index, sample, *, ends):
     keys = jax.vmap(key)(index, sample)
     drawn = decode.sample(model, tokens, attend, keys, sampling=sampling, ends=ends)
     return drawn.tokens[:, tokens.shape[1] :], drawn.lengths
+
+
+@functools.partial(jax.jit, static_argnames="ends")
+def _hypotheses(model, settings, tokens, attend, *, ends):
+    """The best answers to prompts [B, P]: (tokens [B, n, R], lengths [B, n])."""
+    found = beam.search(model, tokens, attend, beam=settings, ends=ends)
+    return found.tokens, found.lengths
 
 
 @jax.jit

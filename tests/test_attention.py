@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rlhf_jax import plan, sharding, shards
+from rlhf_jax import cost, hlo, plan, sharding, shards
 from rlhf_jax.models import attention, blockwise, transformer
 
 B, T, WIDTH = 4, 200, 16
@@ -128,19 +128,41 @@ def test_in_bfloat16_blocks_round_as_the_whole_matrix_does():
         assert error(found, truth) < 1.2 * error(whole, truth) < 0.02
 
 
-@pytest.mark.parametrize(
-    "window, visits",
-    [
-        (None, [(0, 8, 0, 8), (8, 16, 0, 16), (16, 24, 0, 24), (24, 28, 0, 28)]),  # what is before
-        (5, [(0, 8, 0, 8), (8, 16, 4, 16), (16, 24, 12, 24), (24, 28, 20, 28)]),  # 8 sees back to 4
-        (1, [(0, 8, 0, 8), (8, 16, 8, 16), (16, 24, 16, 24), (24, 28, 24, 28)]),
-    ],
-)
-def test_keys_that_no_query_of_a_group_sees_are_not_visited(window, visits):
+def test_keys_that_no_query_of_a_group_sees_are_not_visited():
     """Seven blocks of four queries, in groups of two: first and last column of queries and keys."""
-    form = blockwise.Form(1.0, None, window, 4)
-    groups = blockwise._groups(28, form)
-    assert [(q.start, q.stop, k.start, k.stop) for q, k in groups] == visits
+    groups = blockwise._groups(28, blockwise.Form(1.0, None, None, 4))
+    assert [(q.start, q.stop, k.start, k.stop) for q, k, _ in groups] == [
+        (0, 8, 0, 8),
+        (8, 16, 0, 16),
+        (16, 24, 0, 24),
+        (24, 28, 0, 28),
+    ]
+
+
+def sizes(lowered):
+    """The numbers of elements of all arrays of a program."""
+    found = re.findall(r"tensor<((?:\d+x)+[a-z]\w*)>", lowered.as_text())
+    return [np.prod([int(n) for n in shape.split("x")[:-1]]) for shape in found]
+
+
+def flops_and_largest_array(length, window):
+    """Of a forward and backward pass over one row of one head."""
+    shape = jax.ShapeDtypeStruct((1, 1, length, 8), jnp.float32)
+    documents = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def loss(*arrays):
+        return blockwise.attend(*arrays, scale=0.3, window=window, block=32).sum()
+
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*[shape] * 3, documents)
+    return cost.of(hlo.read(lowered.compile().as_text())).flops, max(sizes(lowered))
+
+
+def test_a_window_costs_its_own_keys_however_long_the_row_is():
+    work, arrays = zip(*(flops_and_largest_array(length, 40) for length in (512, 1024)))
+    assert work[1] == pytest.approx(2 * work[0], rel=0.02)
+    assert arrays[1] == 1024 * 8  # the row itself: the weights of a block are 32 * (40 + 31)
+    everything = flops_and_largest_array(1024, None)[0]
+    assert work[1] < 0.2 * everything
 
 
 @pytest.mark.parametrize("mesh", ["2x2x2", "1x2x4"])
@@ -211,17 +233,12 @@ def training_step(shape, mesh, rows, length):
 
 def test_training_holds_no_array_of_queries_times_keys():
     """The largest array, a block of queries times keys, grows with the length, not its square."""
-
-    def sizes(length):
-        found = re.findall(r"tensor<((?:\d+x)+[a-z]\w*)>", lowered[length].as_text())
-        return [np.prod([int(n) for n in shape.split("x")[:-1]]) for shape in found]
-
     length = 8192
     lowered = {n: training_step(SHAPE, tiny.mesh(), 1, n) for n in (length // 2, length)}
-    assert length * 128 in sizes(length)  # the hidden states: the search finds arrays
-    assert max(sizes(length)) == SHAPE.num_heads * attention.BLOCKS["cpu"] * length
-    assert max(sizes(length)) == 2 * max(sizes(length // 2))
-    lowered = lowered[length]
+    half, lowered = lowered.values()
+    assert length * 128 in sizes(lowered)  # the hidden states: the search finds arrays
+    assert max(sizes(lowered)) == SHAPE.num_heads * attention.BLOCKS["cpu"] * length
+    assert max(sizes(lowered)) == 2 * max(sizes(half))
     # All temporaries together are smaller than the weights of one head of one layer would be.
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 4 * length * length
 

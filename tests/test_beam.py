@@ -17,6 +17,9 @@ from rlhf_jax.sampling import beam, decode
 # hypothesis became that of its generated tokens, EOS included.
 
 
+PAD = 3  # transformers takes EOS for padding where the padding is 0
+
+
 def search(model, tokens, attend, ends, processors=(), **settings):
     program = jax.jit(functools.partial(beam.search, ends=ends, processors=processors))
     return program(model, tokens, attend, beam=beam.Beam(**settings))
@@ -24,7 +27,8 @@ def search(model, tokens, attend, ends, processors=(), **settings):
 
 def left_padded(rows):
     width = max(map(len, rows))
-    tokens, attend = np.zeros((2, len(rows), width), np.int32)
+    tokens = np.full((len(rows), width), PAD, np.int32)
+    attend = np.zeros_like(tokens)
     for i, row in enumerate(rows):
         tokens[i, width - len(row) :], attend[i, width - len(row) :] = row, 1
     return jnp.asarray(tokens), jnp.asarray(attend)
@@ -70,13 +74,13 @@ def theirs_found(theirs, tokens, attend, beams, new, num_return, **settings):
             num_return_sequences=num_return,
             max_new_tokens=new,
             do_sample=False,
-            pad_token_id=0,
+            pad_token_id=PAD,
             return_dict_in_generate=True,
             output_scores=True,
             **settings,
         )
     rows = found.sequences[:, tokens.shape[1] :].numpy()
-    rows = np.pad(rows, ((0, 0), (0, new - rows.shape[1])))
+    rows = np.pad(rows, ((0, 0), (0, new - rows.shape[1])), constant_values=PAD)
     shape = (tokens.shape[0], num_return)
     return rows.reshape(*shape, new), found.sequences_scores.numpy().reshape(shape)
 
@@ -91,7 +95,7 @@ def test_hypotheses_and_scores_are_those_of_transformers(llama, early_stopping, 
     eos = [6, 13, 21]
     want, scores = theirs_found(theirs, tokens, attend, 4, 12, 3, eos_token_id=eos, **settings)
     found = search(
-        ours, tokens, attend, Ends(tuple(eos), 0), beams=4, max_new_tokens=12, num_return=3,
+        ours, tokens, attend, Ends(tuple(eos), PAD), beams=4, max_new_tokens=12, num_return=3,
         **settings,
     )  # fmt: skip
     np.testing.assert_allclose(found.scores, scores, atol=1e-4)
@@ -106,8 +110,8 @@ def test_any_number_of_beams(llama, beams):
     theirs, ours = llama
     tokens, attend = left_padded(PROMPTS)
     if beams == 1:  # which transformers calls greedy search
-        found = search(ours, tokens, attend, Ends((6,), 0), beams=1, max_new_tokens=9)
-        samples = jax.jit(functools.partial(decode.sample, ends=Ends((6,), 0)))(
+        found = search(ours, tokens, attend, Ends((6,), PAD), beams=1, max_new_tokens=9)
+        samples = jax.jit(functools.partial(decode.sample, ends=Ends((6,), PAD)))(
             ours,
             tokens,
             attend,
@@ -120,7 +124,7 @@ def test_any_number_of_beams(llama, beams):
         return
     want, scores = theirs_found(theirs, tokens, attend, beams, 9, beams, eos_token_id=6)
     found = search(
-        ours, tokens, attend, Ends((6,), 0), beams=beams, max_new_tokens=9, num_return=beams
+        ours, tokens, attend, Ends((6,), PAD), beams=beams, max_new_tokens=9, num_return=beams
     )
     np.testing.assert_allclose(found.scores, scores, atol=1e-4)
     np.testing.assert_array_equal(found.tokens, want)
@@ -135,7 +139,7 @@ def test_stories_continue_as_transformers_continues_them(real_data):
     tokens, attend = left_padded([[1, 403, 407, 261], [1, 291]])
     want, scores = theirs_found(theirs, tokens, attend, 4, 24, 2, eos_token_id=[1, 2])
     found = search(
-        huggingface.load(folder), tokens, attend, Ends((1, 2), 0),
+        huggingface.load(folder), tokens, attend, Ends((1, 2), PAD),
         beams=4, max_new_tokens=24, num_return=2,
     )  # fmt: skip
     np.testing.assert_allclose(found.scores, scores, atol=1e-4)
@@ -185,8 +189,9 @@ def test_the_hypotheses_are_the_same_on_every_mesh(mesh):
     tokens, attend = left_padded([[70, 71, 72], [80], [81, 82], [90, 91]])
     settings = {"beams": 3, "max_new_tokens": 6, "num_return": 2}
     want = search(tiny.model(), tokens, attend, tiny.TOKENIZER.ends, **settings)
+    model = tiny.model(mesh)
     with jax.set_mesh(tiny.mesh(mesh)):
-        got = search(tiny.model(mesh), tokens, attend, tiny.TOKENIZER.ends, **settings)
+        got = search(model, tokens, attend, tiny.TOKENIZER.ends, **settings)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.scores, want.scores, atol=1e-5)
 
@@ -218,6 +223,9 @@ def test_processors_see_the_hypothesis_that_they_change():
         ({"beams": 6}, "beams=6 must be at most the number of tokens, 5"),
         ({"beams": 2, "num_return": 3}, "num_return=3 must be at most beams=2"),
         ({"beams": 0}, "beams=0 must be"),
+        ({"early_stopping": 1}, 'early_stopping=1 must be True, False or "never"'),
+        ({"length_penalty": float("nan")}, "length_penalty=nan must be"),
+        ({"length_penalty": float("inf")}, "length_penalty=inf must be"),
         ({"early_stopping": "always"}, "early_stopping='always' must be"),
     ],
 )

@@ -135,6 +135,12 @@ def test_weights_of_a_filtered_sampler_are_reported(module):
     assert all(0 < line["sampler/weight_avg"] < 1 for line in history)
 
 
+@every_algorithm
+def test_more_tokens_to_draw_from_than_there_are_is_refused(module):
+    with pytest.raises(ValueError, match="top_k=265 must be at most the number of tokens .* 264"):
+        run(module, changes={"sampling": Sampling(max_new_tokens=6, top_k=265)})
+
+
 @pytest.mark.parametrize("module", [grpo, reinforce])
 def test_settings_that_change_nothing_are_no_other_sampler(module):
     neutral = Sampling(

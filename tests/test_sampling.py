@@ -629,7 +629,7 @@ def test_filters_keep_exactly_the_tokens_that_transformers_keeps(kind, temperatu
         ),
     ],
 )
-def test_a_setting_outside_its_range_is_refused(options, message):
+def test_a_setting_outside_its_range_is_refused(options, message, no_shape_checks):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
     Sampling(top_k=1, top_p=1, min_p=0, typical_p=1, epsilon_cutoff=0, temperature=0)

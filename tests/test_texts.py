@@ -15,7 +15,8 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.data import tokenizers
 from rlhf_jax.data.schema import Message
 from rlhf_jax.models import transformer
-from rlhf_jax.sampling import decode
+from rlhf_jax.sampling import beam, decode
+from rlhf_jax.sampling.beam import Beam
 from rlhf_jax.sampling.decode import Sampling
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -56,6 +57,21 @@ def test_an_answer_is_what_the_sampler_draws_for_its_number_as_text(model, answe
         said = bytes(x for x in tokens[mask > 0].tolist() if x < 256)
         assert answers[3 * i + 2] == said.decode(errors="replace")
     assert len(answers) == 15 and len(set(answers)) == 15
+
+
+def test_a_search_gives_the_texts_of_the_best_hypotheses(model):
+    settings = Beam(beams=3, max_new_tokens=8, num_return=2)
+    found = texts.search(model, tiny.TOKENIZER, PROMPTS, settings, batch_size=2, progress=False)
+    assert len(found) == 10
+    prompts = jnp.array([[ord(c) for c in PROMPTS[i]] for i in (0, 4)])
+    search = jax.jit(functools.partial(beam.search, ends=tiny.TOKENIZER.ends, beam=settings))
+    best = search(model, prompts, jnp.ones_like(prompts))
+    for i, rows, lengths in zip((0, 4), np.asarray(best.tokens), np.asarray(best.lengths)):
+        for k in range(2):
+            said = bytes(x for x in rows[k][: lengths[k]].tolist() if x < 256)
+            assert found[2 * i + k] == said.decode(errors="replace")
+    with pytest.raises(ValueError, match="beams=265 must be at most the number of tokens, 264"):
+        texts.search(model, tiny.TOKENIZER, ["ab"], Beam(beams=265), progress=False)
 
 
 def test_answers_depend_neither_on_the_batch_nor_on_the_other_prompts(model, answers):
@@ -215,6 +231,10 @@ def test_a_space_at_the_start_of_an_answer_is_kept(real_data):
         (
             {"prompts": ["ab", "z" * 121]},
             r"prompts\[1\] \('zz.*\) has 121 tokens, but with max_new_tokens=8 .* room for 120; sh",
+        ),
+        (
+            {"prompts": ["ab"], "sampling": Sampling(top_k=265)},
+            "top_k=265 must be at most the number of tokens of the model, 264",
         ),
         ({"prompts": ["ab"], "num_samples": 0}, "num_samples=0 must be 1 or more"),
         ({"prompts": ["ab"], "batch_size": 0}, "batch_size=0 must be 1 or more"),

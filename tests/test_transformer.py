@@ -175,13 +175,13 @@ def test_rows_that_continue_the_same_prompt_share_its_part_of_the_cache(model):
             return cache, hidden
 
         cache, hidden = jax.lax.scan(step, cache, rows.T)
-        return hidden, jax.tree.leaves(cache.shared)[0].shape[::2]
+        return hidden, [x.shape[::2] for x in jax.tree.leaves(cache.shared)]
 
     got, held = cached(model, tokens, attend, rows, 3)
     repeated = (jnp.repeat(x, 3, axis=0) for x in (tokens, attend))
     want, _ = cached(model, *repeated, rows, 1)
     np.testing.assert_allclose(got, want, atol=1e-5)
-    assert held == (B, 6)
+    assert held == [(B, 6)] * (2 * CONFIG.num_layers)
 
 
 def test_a_prompt_and_response_longer_than_the_model_are_refused(model):

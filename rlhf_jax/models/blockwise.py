@@ -1,9 +1,10 @@
 """Attention one block of queries at a time, in jax alone, without an array [T, T].
 
 The weights of a block are [block, keys] and are computed again in the backward pass from the log of
-each query's sum (as in FlashAttention, arXiv:2205.14135). The blocks of a row are divided into
-groups. A group is one compiled loop over its blocks, with the keys that its last block may see, so
-most keys that are hidden by the diagonal, or that a window has left behind, are not read.
+each query's sum (as in FlashAttention, arXiv:2205.14135): the largest array is linear in T. The
+blocks of a row are divided into groups. A group is one compiled loop over its blocks, with the keys
+that its last block may see, so most keys that the diagonal hides are not read. Within a window the
+row is one group, and a block reads the keys of its window alone.
 """
 
 from __future__ import annotations
@@ -97,15 +98,36 @@ class _Group(NamedTuple):
 
     queries: slice
     keys: slice
+    # So many keys are read by a block, of which the last one is its own; None: all of `keys`.
+    near: int | None = None
 
 
 def _groups(length: int, form: Form) -> list[_Group]:
+    if form.window is not None and (near := form.window + form.block - 1) < length:
+        return [_Group(slice(0, length), slice(0, length), near)]
     size = form.block * -(-length // (form.block * GROUPS))
-    reach = length if form.window is None else form.window
-    return [
-        _Group(slice(i, min(i + size, length)), slice(max(0, i - reach + 1), min(i + size, length)))
-        for i in range(0, length, size)
-    ]
+    ends = [(i, min(i + size, length)) for i in range(0, length, size)]
+    return [_Group(slice(start, end), slice(0, end)) for start, end in ends]
+
+
+def _first(start, group: _Group, form: Form):
+    """The first column of the keys that the block at column `start` reads."""
+    return 0 if group.near is None else jnp.maximum(start + form.block - group.near, 0)
+
+
+def _near(x, first, group: _Group, axis: int):
+    """The keys that a block reads, of those of its group."""
+    if group.near is None:
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, first, group.near, axis)
+
+
+def _add_near(total, step, first, group: _Group):
+    """Adds to the gradient of all keys, [B, K, S, Dh], that of the keys that a block reads."""
+    if group.near is None:
+        return total + step
+    step = step + _near(total, first, group, 2)
+    return jax.lax.dynamic_update_slice_in_dim(total, step, first, 2)
 
 
 def _blocks(x, group: _Group, form: Form, axis: int):
@@ -122,10 +144,11 @@ def _joined(x, axis: int):
 
 
 def _seen(query_documents, documents, start, group: _Group, form: Form) -> Bool[Array, "B C S"]:
-    """Which keys of the group the queries from column `start` on may see."""
-    columns = jnp.arange(group.keys.start, group.keys.stop)
-    rows = start + jnp.arange(form.block)
-    return visible(query_documents, documents[:, group.keys], rows, columns, form.window)
+    """Which of the keys that it reads the block at column `start` may see."""
+    first = _first(start, group, form)
+    near = _near(documents[:, group.keys], first, group, 1)
+    columns, rows = first + jnp.arange(near.shape[1]), start + jnp.arange(form.block)
+    return visible(query_documents, near, rows, columns, form.window)
 
 
 def _capped(logits, form: Form):
@@ -142,10 +165,11 @@ def _forward(query, keys, values, documents, form):
     batch, heads, count, length, width = query.shape
 
     def of_group(group: _Group):
-        k, v = (x[:, :, group.keys] for x in (keys, values))
+        every = [x[:, :, group.keys] for x in (keys, values)]
 
         def of_block(arrays):
             q, own, start = arrays
+            k, v = (_near(x, _first(start, group, form), group, 2) for x in every)
             logits = _product("bkqd,bksd->bkqs", q.reshape(batch, heads, -1, width), k)
             logits = _capped(logits, form).reshape(batch, heads, count, form.block, -1)
             seen = _seen(own, documents, start, group, form)
@@ -179,13 +203,15 @@ def _backward(form, saved, change):
     mean = _product("bkgtd,bkgtd->bkgt", change, out)
 
     def of_group(group: _Group):
-        k, v = (x[:, :, group.keys] for x in (keys, values))
+        every = [x[:, :, group.keys] for x in (keys, values)]
 
         def flat(x):
             return x.reshape(batch, heads, count * form.block, *x.shape[4:])
 
         def of_block(sums, arrays):
             q, d, log_total, mean, own, start = arrays
+            first = _first(start, group, form)
+            k, v = (_near(x, first, group, 2) for x in every)
             q, d, log_total, mean = map(flat, (q, d, log_total, mean))
             logits = _capped(_product("bksd,bkqd->bksq", k, q), form)
             seen = jnp.swapaxes(_seen(own, documents, start, group, form), 1, 2)
@@ -202,9 +228,10 @@ def _backward(form, saved, change):
             )
             to_q = _product("bksq,bksd->bkqd", to_logits, k)
             to_q = to_q.reshape(batch, heads, count, form.block, width)
-            return jax.tree.map(jnp.add, sums, steps), to_q.astype(query.dtype)
+            sums = tuple(_add_near(x, step, first, group) for x, step in zip(sums, steps))
+            return sums, to_q.astype(query.dtype)
 
-        zeros = jnp.zeros(k.shape, jnp.float32)
+        zeros = jnp.zeros(every[0].shape, jnp.float32)
         rows = (_blocks(x, group, form, 3) for x in (query, change, log_total, mean))
         blocks = (*rows, _blocks(documents, group, form, 1), _starts(group, form))
         (to_k, to_v), to_q = jax.lax.scan(of_block, (zeros, zeros), blocks)

@@ -6,6 +6,7 @@ the beams' own parts are reordered on the device.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -36,7 +37,13 @@ class Beam(config.Config):
     num_return: config.Count = 1  # hypotheses returned for each prompt, the best first
 
     def check(self) -> None:
-        """Raises ValueError if more hypotheses are asked for than are kept."""
+        """Raises ValueError for more hypotheses than are kept, and numbers that are none."""
+        if self.early_stopping not in (True, False, "never") or type(self.early_stopping) is int:
+            raise ValueError(
+                f'early_stopping={self.early_stopping!r} must be True, False or "never"'
+            )
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty={self.length_penalty} must be a finite number")
         if self.num_return > self.beams:
             raise ValueError(f"num_return={self.num_return} must be at most beams={self.beams}")
 
@@ -187,16 +194,9 @@ def search(
 
     padding = jnp.full((batch, beams, longest), ends.pad_id, jnp.int32)
     nothing = jnp.full((batch, beams), WORST)
-    state = _Search(
-        jnp.int32(0),
-        cache,
-        padding,
-        nothing.at[:, 0].set(0.0),  # all beams are the prompt: the first alone is continued
-        padding,
-        nothing,
-        nothing > 0,
-        jnp.ones(batch, bool),
-    )
+    first = nothing.at[:, 0].set(0.0)  # all beams are the prompt: the first alone is continued
+    none, all_ = nothing > 0, jnp.ones(batch, bool)
+    state = _Search(jnp.int32(0), cache, padding, first, padding, nothing, none, all_)
     logits = jnp.repeat(transformer.logits(model, hidden), beams, axis=0)
     state = jax.lax.while_loop(is_unfinished, advance, _advance(state, logits, beam, ends, process))
     return _returned(state, beam, ends)

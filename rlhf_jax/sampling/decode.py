@@ -339,13 +339,9 @@ def sample(
 
     A pure function, to be jitted (with `ends`, `choose` and `processors` static). The processors
     change the logits one after another, after the penalties and the temperature of `sampling` and
-    before its filters; then `choose` draws. `logprobs` of the result are those of the policy itself
-    at the temperature, `filtered_logprobs` those of the distribution that was sampled. Temperature
-    0 takes the most likely token, the first if several tie, without filters and without calling
-    `choose`, and both log-probabilities are then those at temperature 1.
-    Raises ValueError if `pad_id` is an EOS id, if the rows are too long for the model, if the
-    prompts do not divide the keys, or if they are padded on the right. The last is checked outside
-    of jit only: before tracing, call `check_prompts` on the arrays.
+    before its filters; then `choose` draws, except at temperature 0: see `draw`.
+    Raises ValueError if `pad_id` is an EOS id, if rows are too long for the model, if the prompts
+    do not divide the keys, or, outside of jit, as `check_prompts` does.
     """
     check_sampling(prompts, attend, ends)
     rows, rest = divmod(keys.shape[0], prompts.shape[0])

@@ -77,6 +77,17 @@ def _check_ids(name: str, ids: tuple[int, ...]) -> None:
         raise ValueError(f"{name}={ids!r} must be a tuple of token ids, whole numbers at least 0")
 
 
+def check_vocabulary(sampling: Sampling, size: int) -> None:
+    """Raises ValueError if `top_k` exceeds the model's `size` tokens.
+
+    Outside of jit, where the number is known. `filters.apply` itself then keeps all tokens.
+    """
+    if sampling.top_k is not None and sampling.top_k > size:
+        raise ValueError(
+            f"top_k={sampling.top_k:.0f} must be at most the number of tokens of the model, {size}"
+        )
+
+
 class History(NamedTuple):
     """What a penalty or a processor may look at beside the logits. R is `max_new_tokens`."""
 

@@ -35,7 +35,7 @@ from rlhf_jax.launch import command
 from rlhf_jax.models import decoding, transformer
 from rlhf_jax.models.transformer import Compute, Precision
 from rlhf_jax.sampling import decode, penalties
-from rlhf_jax.sampling.settings import History, Sampling
+from rlhf_jax.sampling.settings import History, Sampling, check_vocabulary
 
 SAMPLING = Sampling(max_new_tokens=256, temperature=0.8)  # unless flags say otherwise
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
@@ -44,13 +44,15 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character 
 def load(folder: pathlib.Path, sampling: Sampling, dtype: Precision = "float32") -> Pretrained:
     """Reads a Hugging Face folder to sample from it.
 
-    Raises ValueError for a folder without a language model, and where answers of
-    `sampling.max_new_tokens` would leave no position for a prompt.
+    Raises ValueError for a folder without a language model, where answers of
+    `sampling.max_new_tokens` would leave no position for a prompt, and for a `top_k` above its
+    number of tokens.
     """
     if (folder / "metrics.jsonl").is_file():
         raise ValueError(f"{folder}: the folder of a run; name the model folder that it exported")
     pretrained = folders.load(folder, compute=Compute(dtype))
     texts.max_prompt(pretrained.model, sampling)
+    check_vocabulary(sampling, pretrained.model.config.vocab_size)
     return pretrained
 
 
