@@ -326,7 +326,7 @@ def update(
             state.train.trainable,
             frozen,
             sampled=rollout.attend,
-            trained=batch.attend,
+            trained=getattr(batch, "attend", rollout.attend),
             start=rollout.tokens.shape[1] - config.sampling.max_new_tokens,
             samples=config.samples_per_prompt,
             num_epochs=config.num_epochs,

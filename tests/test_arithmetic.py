@@ -243,10 +243,12 @@ def test_the_experiment_runs_at_toy_size_and_lists_what_it_runs(
         prompts_eval=8,
         model=dataclasses.replace(config.model, num_layers=1, d_model=32, head_dim=8, d_ff=64),
         sft=dataclasses.replace(config.sft, num_steps=2, batch_size=8),
-        ppo=dataclasses.replace(
-            config.ppo,
+        algorithm="rloo",
+        rloo=dataclasses.replace(
+            config.rloo,
             num_iterations=2,
-            batch_size=8,
+            batch_size=4,
+            samples_per_prompt=2,
             num_epochs=1,
             num_minibatches=1,
             sampling=Sampling(max_new_tokens=4),
@@ -256,7 +258,7 @@ def test_the_experiment_runs_at_toy_size_and_lists_what_it_runs(
     )
     arguments = ["--workdir", str(tmp_path / "run"), *ONE_DEVICE]
     summary = launch.launch(program.run, config, arguments)
-    found = summary["ppo"]
+    found = summary["rloo"]
     for when in ("before", "after"):
         assert found[f"score_{when}"] == pytest.approx(found[f"sampled_{when}"]["accuracy"])
         assert list(found[f"greedy_{when}"]) == ["accuracy", "accuracy_level_1", "accuracy_level_3"]
@@ -268,9 +270,9 @@ def test_the_experiment_runs_at_toy_size_and_lists_what_it_runs(
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_a_reward_that_only_checks_answers_teaches_to_calculate(experiment, tmp_path, seed):
-    """At most half right after the warm start, and a quarter more of all after PPO."""
+    """At most half right after the warm start, and a quarter more of all after GRPO."""
     program = experiment("arithmetic")
     arguments = ["--workdir", str(tmp_path), "--seed", str(seed), *ONE_DEVICE]
-    summary = launch.launch(program.run, program.config, arguments)["ppo"]
+    summary = launch.launch(program.run, program.config, arguments)["grpo"]
     assert summary["score_before"] <= 0.5
     assert summary["score_after"] - summary["score_before"] >= 0.25

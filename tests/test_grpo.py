@@ -176,10 +176,9 @@ def run(config=TINY, mesh="1x1x1", **inputs):
     return grpo.run(config, **(given | inputs))
 
 
-@pytest.mark.parametrize("loss_fn", [grpo.loss, grpo.dapo_loss, grpo.gspo_loss])
-def test_a_run_is_the_same_on_a_mesh_of_eight(loss_fn):
-    policy, history = run(loss_fn=loss_fn)
-    other, others = run(mesh="2x2x2", loss_fn=loss_fn)
+def test_a_run_is_the_same_on_a_mesh_of_eight():
+    policy, history = run()
+    other, others = run(mesh="2x2x2")
     for key in ("loss", "grad_norm", "objective/kl", "groups/scores_std"):
         values = [line[key] for line in history]
         np.testing.assert_allclose([h[key] for h in others], values, rtol=1e-4, atol=1e-6)
@@ -189,13 +188,10 @@ def test_a_run_is_the_same_on_a_mesh_of_eight(loss_fn):
 
 
 def test_a_run_may_train_on_some_of_its_groups():
-    config = dataclasses.replace(TINY, train_groups=4, num_minibatches=1)
-    _, history = run(config, loss_fn=grpo.dapo_loss)
-    _, others = run(config, "2x2x2", loss_fn=grpo.dapo_loss)
-    assert all(0 < line["groups/informative"] <= 1 for line in history)
-    values = [line["loss"] for line in history]
-    np.testing.assert_allclose([h["loss"] for h in others], values, rtol=1e-4, atol=1e-6)
-    _, whole = run(dataclasses.replace(TINY, num_minibatches=1), loss_fn=grpo.dapo_loss)
+    config = dataclasses.replace(TINY, num_iterations=1, num_minibatches=1)
+    _, history = run(dataclasses.replace(config, train_groups=4), loss_fn=grpo.dapo_loss)
+    _, whole = run(config, loss_fn=grpo.dapo_loss)
+    assert 0 < history[0]["groups/informative"] <= 1
     assert history[0]["model_flops"] < 0.8 * whole[0]["model_flops"]
 
 

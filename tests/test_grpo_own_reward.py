@@ -9,9 +9,11 @@ import pytest
 import tiny
 
 from rlhf_jax import launch
+from rlhf_jax.data import tokenizers
 from rlhf_jax.data.schema import Example
 from rlhf_jax.models import huggingface
 from rlhf_jax.sampling import Sampling
+from rlhf_jax.tasks import own_data
 
 pytestmark = pytest.mark.usefixtures("caches")
 ONE_DEVICE = ["--mesh", "data=1,fsdp=1,tensor=1"]
@@ -52,14 +54,16 @@ def start(program, config, workdir):
 def test_the_reward_by_hand(program):
     responses = ["I smiled. We laughed.", "He was sad.", "a b c a b c a b c"]
     happy, sad, repeated = program.reward(["", "", ""], responses, [Example("")] * 3).scores
-    assert happy > 0 > sad
-    assert repeated < 0
+    assert happy == 1.0 and sad == 0.0
+    assert 0.0 <= repeated < 0.5  # no word of sentiment, and half the share of repeated n-grams off
 
 
 def test_a_pretrained_model_is_tuned_measured_and_exported(
-    program, tmp_path, prompts, real_data, called_programs
+    program, tmp_path, prompts, real_data, called_programs, monkeypatch
 ):
     model = str(real_data / "models" / "stories260K")
+    # A plan cannot read the tokenizer; the ids that end a text are constants of its programs.
+    monkeypatch.setattr(own_data, "ENDS", tokenizers.from_folder(model).ends)
     config = small(program, model=model, prompts=prompts)
     summary = start(program, config, tmp_path / "run")
     assert {"score_before", "score_after", "kl"} <= summary["grpo"].keys()

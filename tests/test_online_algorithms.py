@@ -66,16 +66,11 @@ def test_a_reward_in_python_trains_as_the_same_reward_on_the_device(module):
 
 
 @every_algorithm
-def test_an_adapter_is_trained_on_a_learned_reward_and_the_same_on_a_mesh(module):
-    found = {}
-    for mesh in ("1x1x1", "2x2x2"):
-        base = tiny.model(mesh)
-        adapted = lora.attach(base, lora.Config(rank=2), jax.random.key(1))
-        scorer = reward_model.init_scorer(base, jax.random.key(7))
-        found[mesh] = adapted, run(module, mesh, policy=adapted, scorer=scorer)
-    adapted, (policy, history) = found["1x1x1"]
-    # After an update of Adam, which makes a step of any gradient however small, digits differ.
-    assert_same(history[:1], found["2x2x2"][1].history[:1])
+def test_of_an_adapted_policy_the_adapter_is_trained_on_a_learned_reward(module):
+    base = tiny.model()
+    adapted = lora.attach(base, lora.Config(rank=2), jax.random.key(1))
+    scorer = reward_model.init_scorer(base, jax.random.key(7))
+    policy, _ = run(module, policy=adapted, scorer=scorer)
     changed = {
         jax.tree_util.keystr(path)
         for (path, before), after in zip(

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from tiny import distance, equal, run_ppo
 
-from rlhf_jax import online
+from rlhf_jax import on_policy, online
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.rewards import learned
 from rlhf_jax.training.checkpoint import Checkpoints
