@@ -264,7 +264,8 @@ def test_the_experiment_runs_at_toy_size_and_lists_what_it_runs(
         assert list(found[f"greedy_{when}"]) == ["accuracy", "accuracy_level_1", "accuracy_level_3"]
     ran, mesh = set(called_programs.called), sharding.make_mesh(1, 1, 1)
     planned = called_programs.of(program.programs(config, tiny.context(mesh)))
-    assert ran == planned and len(ran) == 6
+    # What else ran puts the times of the reward together, if there are several processes.
+    assert planned <= ran and len(planned) == 6
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ DECIMAL = r"[+-]?\d+(?:\.\d+(?:e[+-]\d+)?|e[+-]\d+)"
 # digits on the processor. Here stands, for a figure of such a cell and the words around it, how far
 # a fresh one may be from the stored one: 0 for counts, and otherwise the spread (the largest less
 # the smallest) of three runs of the notebook, with SEED = 0, 1 and 2, on 2 cores of an Intel Xeon
-# on 2026-11-24.
+# on 2026-11-24 (notebook 3: 2026-11-26).
 SPREAD = {
     "01_tour.ipynb": {
         r"(\d+) held-out pairs": 0,
@@ -35,6 +35,11 @@ SPREAD = {
         r"did not sample: (\S+)": 0.032,
         r"clip fraction (\S+), with": 0.0695,
         r"wider bound (\S+)": 0.0801,
+    },
+    "03_your_own_algorithm.ipynb": {
+        r"(\d+) prompts": 0,
+        r"cross entropy \S+ -> (\S+)": 0.05,
+        r"loss 0.6931 -> (\S+)": 0.068,
     },
 }
 # The same for what PPO has learned. It draws its own data, so another last digit soon means other
@@ -58,6 +63,11 @@ SPREAD_OF_PPO = {
         r"entropy, nats.* clip_higher (\S+)": 5.354,
         r"clip fraction, last.* ppo.loss (\S+),": 0.014,
         r"clip fraction, last.* clip_higher (\S+)": 0.017,
+    },
+    "03_your_own_algorithm.ipynb": {
+        r"parts mentioned: (\S+) -> RLOO": 0.18,
+        r"-> RLOO (\S+)": 0.46,
+        r"-> GRPO (\S+)": 0.11,
     },
 }
 SPREADS_OF_PPO = 3
