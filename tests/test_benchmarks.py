@@ -107,8 +107,8 @@ def test_a_peer_without_one_of_our_tasks_is_refused(entry):
 
 
 def test_a_task_that_there_is_not_is_refused():
-    with pytest.raises(ValueError, match="no task is called 'dpo'; choose from sft, "):
-        list(speed.run(dataclasses.replace(TOY, tasks=("dpo",))))
+    with pytest.raises(ValueError, match="no task is called 'trpo'; choose from sft, "):
+        list(speed.run(dataclasses.replace(TOY, tasks=("trpo",))))
 
 
 def test_a_program_that_is_compiled_after_the_first_step_is_an_error(monkeypatch):

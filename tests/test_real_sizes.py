@@ -189,8 +189,8 @@ def test_it_imports_trains_resumes_and_exports_on_eight_devices(
 LISTED = {
     "quickstart": (12, None),
     "stories_sentiment": (11, None),
-    "arithmetic": (7, None),
-    "side_by_side": (27, None),
+    "arithmetic": (8, None),
+    "side_by_side": (31, None),
     "own_data": (16, own_data),
     "grpo_own_reward": (5, None),
     "dpo_own_data": (5, None),
