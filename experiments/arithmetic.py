@@ -2,10 +2,10 @@
 
     python experiments/arithmetic.py --algorithm grpo
 
-Claim: a small language model that a short warm start on demonstrations has left wrong more often
-than not learns to calculate from a reward of 1 for the right answer and 0 for any other. Nothing is
-downloaded (`rlhf_jax.tasks.arithmetic` makes the task), no reward model is trained, and the answers
-are to held-out sums, which occur in no training prompt.
+Claim, not measured yet: a small language model that a short warm start on demonstrations has left
+wrong more often than not learns to calculate from a reward of 1 for the right answer and 0 for any
+other. Nothing is downloaded (`rlhf_jax.tasks.arithmetic` makes the task), no reward model is
+trained, and the answers are to held-out sums, which occur in no training prompt.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python experiments/side_by_side.py --workdir runs/side_by_side
 
 Every algorithm continues the policy and the reward model of the quickstart, on its task. The online
-ones draw as many responses as its PPO does; the settings of each were chosen on seed 0. DPO draws
-none: it reads the comparisons that the reward model was trained on.
+ones draw as many responses as its PPO does. DPO draws none: it reads the comparisons that the
+reward model was trained on. The settings are not tuned, and no results are measured yet.
 """
 
 from __future__ import annotations

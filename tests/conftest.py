@@ -119,7 +119,9 @@ def load_program(name):
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(file.parent)  # as for a program that is run
+        spec.loader.exec_module(module)
     return module
 
 
