@@ -212,21 +212,34 @@ def run(config: Config, context: Context) -> dict:
     return summary | {"seconds": clock.seconds}
 
 
-def programs(config: Config, context: Context) -> list[Program]:
-    """What `run` runs: see `abstract`. The new model stays where it is until the end."""
+class Warm(NamedTuple):
+    """The programs of `warm_up`, and the shapes of the models that it leaves behind."""
+
+    programs: list[Program]
+    initial: Model
+    policy: Model
+    scorer: Model
+
+
+def warm_up_programs(config: Config, context: Context) -> Warm:
+    """What `warm_up` runs: see `abstract`. The new model stays where it is until the end."""
     length, mesh = MAX_PROMPT + MAX_RESPONSE, context.mesh
     initial = abstract.model(context.compute.of(config.model), mesh)
     tuned = sft.programs(config.sft, initial, length, mesh)
-    policy, rows = tuned.result, config.reward_model.batch_size
     ranked = reward_model.programs(
         config.reward_model,
-        policy,
+        tuned.result,
         length,
         mesh,
-        centred_on=abstract.demonstrations(mesh, rows, length),
+        centred_on=abstract.demonstrations(mesh, config.reward_model.batch_size, length),
         resident=initial,
     )
-    scorer = ranked.result
+    return Warm([*tuned.programs, *ranked.programs], initial, tuned.result, ranked.result)
+
+
+def programs(config: Config, context: Context) -> list[Program]:
+    """What `run` runs: see `abstract`."""
+    mesh, (warm, initial, policy, scorer) = context.mesh, warm_up_programs(config, context)
     aligned = ppo.programs(
         config.ppo,
         policy=policy,
@@ -242,7 +255,7 @@ def programs(config: Config, context: Context) -> list[Program]:
     answers = evaluation.program(
         aligned.result, policy, scorer, config.ppo.sampling, batch, ENDS, mesh, resident=held
     )
-    return [*tuned.programs, *ranked.programs, *aligned.programs, answers]
+    return [*warm, *aligned.programs, answers]
 
 
 def share(condition: Callable[[str], bool], texts: list[str]) -> float:

@@ -15,7 +15,7 @@ import quickstart
 
 from rlhf_jax import abstract, evaluation, pipeline
 from rlhf_jax.abstract import Program
-from rlhf_jax.algorithms import best_of_n, dpo, grpo, online_dpo, ppo, reinforce, reward_model, sft
+from rlhf_jax.algorithms import best_of_n, dpo, grpo, online_dpo, ppo, reinforce
 from rlhf_jax.config import Count
 from rlhf_jax.evaluation import Exam
 from rlhf_jax.launch import Context, launch
@@ -179,19 +179,9 @@ def measure(config: Config, exam: Exam, data: quickstart.Data, policy: Model) ->
 def programs(config: Config, context: Context) -> list[Program]:
     """What `run` runs: see `abstract`."""
     length, mesh = quickstart.MAX_PROMPT + quickstart.MAX_RESPONSE, context.mesh
-    initial = abstract.model(context.compute.of(config.model), mesh)
-    tuned = sft.programs(config.sft, initial, length, mesh)
-    policy, rows = tuned.result, config.reward_model.batch_size
-    ranked = reward_model.programs(
-        config.reward_model,
-        policy,
-        length,
-        mesh,
-        centred_on=abstract.demonstrations(mesh, rows, length),
-        resident=initial,
-    )
-    scorer, held = ranked.result, (initial, policy, ranked.result)
-    found = [*tuned.programs, *ranked.programs]
+    warm, *held = quickstart.warm_up_programs(config, context)
+    _, policy, scorer = held
+    found = [*warm]
     for name in config.algorithms:
         settings = vars(config)[name]
         if name == "dpo":
