@@ -142,7 +142,12 @@ def _broken_rule(value: Any, option) -> str | None:
         return None if value is None else "None"
     if typing.get_origin(option) is Literal:
         choices = typing.get_args(option)
-        return None if value in choices else f"one of {', '.join(map(repr, choices))}"
+        # 1 == True in Python, but code that asks whether a switch `is True` would not find it so.
+        is_choice = any(
+            value == choice and isinstance(value, bool) == isinstance(choice, bool)
+            for choice in choices
+        )
+        return None if is_choice else f"one of {', '.join(map(repr, choices))}"
     ranges = [x for x in getattr(option, "__metadata__", ()) if isinstance(x, Range)]
     for allowed in ranges:
         if not _is_traced(option) and isinstance(value, bool | float | str | None):

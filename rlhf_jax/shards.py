@@ -177,9 +177,15 @@ def _divided(mesh: AbstractMesh, spec: P) -> list[str | None]:
     return [axis if axis and mesh.shape[axis] > 1 else None for axis in spec]
 
 
+def _rows_of(table, ids):
+    """`table[ids]`, which would clamp ids outside of the table; here their rows are NaN."""
+    return table.at[ids].get(mode="fill", wrap_negative_indices=False)
+
+
 def lookup(table, ids, dtype, name: str = "embed/embedding", decoding: bool = False):
     """Inside a program: `table[ids].astype(dtype)`, [V, D], [B, T] -> [B, T, D].
 
+    An id that is negative or not below V gives NaN, as `jnp.take` does, and no other token's row.
     `name` is the path of the table for `RULES`. The table stays where it is: each device looks up
     its columns for the rows of all devices that share a row of the mesh, and then they exchange
     activations. With `decoding` the table is split as `for_decoding` splits it. The gradient adds
@@ -187,8 +193,9 @@ def lookup(table, ids, dtype, name: str = "embed/embedding", decoding: bool = Fa
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return table[ids].astype(dtype)
+        return _rows_of(table, ids).astype(dtype)
     sharding.check_rows(mesh, rows=ids.shape[0])
+    size = table.shape[0]
     vocabulary, width = _divided(mesh, sharding.spec_for(mesh, name, table.shape))
     if decoding:
         width = None
@@ -197,12 +204,13 @@ def lookup(table, ids, dtype, name: str = "embed/embedding", decoding: bool = Fa
         if width:
             ids = jax.lax.all_gather(ids, width, axis=0, tiled=True)
         if vocabulary:
+            absent = jnp.where((ids >= 0) & (ids < size), 0, jnp.nan).astype(dtype)
             ids = ids - jax.lax.axis_index(vocabulary) * table.shape[0]
             here = (ids >= 0) & (ids < table.shape[0])
             found = table[jnp.clip(ids, 0, table.shape[0] - 1)].astype(dtype)
-            found = jax.lax.psum(jnp.where(here[..., None], found, 0), vocabulary)
+            found = jax.lax.psum(jnp.where(here[..., None], found, absent[..., None]), vocabulary)
         else:
-            found = table[ids].astype(dtype)
+            found = _rows_of(table, ids).astype(dtype)
         if width:
             found = jax.lax.all_to_all(found, width, split_axis=0, concat_axis=2, tiled=True)
         return found

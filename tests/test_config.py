@@ -98,6 +98,7 @@ class Checked(Config):
     top: Annotated[float, Range(0, 1, open_low=True)] = 1.0
     schedule: Literal["linear", "cosine"] = "linear"
     several: Literal["auto"] | Count = "auto"
+    switch: Literal[True, False, "auto"] = False
     every: Count | None = None
     target: Positive | None = None
     free: float = 0.0
@@ -119,6 +120,7 @@ class Checked(Config):
             ("constant_with_warmup", "", None, 3),
             "one of 'linear', 'cosine'",
         ),
+        ("switch", (True, False, "auto"), (1, 0, 1.0), "one of True, False, 'auto'"),
         ("several", ("auto", 4), ("no", 0), "one of 'auto' or .*at least 1"),
         ("every", (None, 4), (0,), "at least 1 or None"),
         ("target", (None, 0.1, 4), (0.0, -1), "above 0 or None"),

@@ -1,5 +1,6 @@
 """Where arrays live: the rules against every parameter, and one gradient on five meshes."""
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -223,6 +224,29 @@ def test_rows_are_split_and_constraints_do_nothing_without_a_mesh():
         odd = jax.jit(shards.constrain_heads)(jnp.ones((8, 3, 1)))
     assert {shard.data.shape for shard in heads.addressable_shards} == {(2, 1, 1)}
     assert {shard.data.shape for shard in odd.addressable_shards} == {(2, 3, 1)}
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+@pytest.mark.parametrize("sizes", [None, (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+def test_a_lookup_outside_of_the_table_is_nan_and_no_other_row(sizes, decoding):
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(16, 8)).astype(np.float32)
+    ids = rng.integers(0, 16, (8, 5))
+    ids[0], ids[5, 2] = [-17, -1, 16, 31, 0], 1000
+    want = jnp.take(table, jnp.where(ids < 0, 99, ids), axis=0, mode="fill")  # it would wrap -1
+    assert np.isnan(want).all(axis=-1).sum() == 5
+
+    def loss(table):
+        found = shards.lookup(table, ids, jnp.float32, decoding=decoding)
+        return jnp.sum(jnp.where(jnp.isnan(found), 0, found) ** 2), found
+
+    mesh = sharding.make_mesh(*(sizes or (1, 1, 1)))
+    with contextlib.nullcontext() if sizes is None else jax.set_mesh(mesh):
+        gradient, found = jax.jit(jax.grad(loss, has_aux=True))(table)
+    np.testing.assert_array_equal(found, want)
+    expected = np.zeros_like(table)
+    np.add.at(expected, ids[(ids >= 0) & (ids < 16)], 2 * want[(ids >= 0) & (ids < 16)])
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
 # --- one gradient on every mesh -----------------------------------------------------------------

@@ -105,7 +105,12 @@ def run(config: Config) -> Iterator[Point]:
 
 
 def exponent(points: list[Point]) -> float:
-    """p of cost = c * size^p by least squares on the logarithms; NaN for fewer than two points."""
+    """p of cost = c * size^p by least squares on the logarithms; NaN for fewer than two points.
+
+    A cost of 0, as of activations where the peak of memory lies elsewhere, has no logarithm and
+    does not count.
+    """
+    points = [x for x in points if x.cost > 0]
     if len(points) < 2:
         return float("nan")
     sizes, costs = np.log([x.size for x in points]), np.log([x.cost for x in points])
@@ -152,7 +157,8 @@ def plot(points: list[Point], path: Path) -> None:
         sizes = sorted({x.size for x in points if x.panel == panel.name})
         for task, line in curves(points, panel).items():
             label = f"{task.replace('_', ' ')}: exponent {exponent(line):.2f}"
-            axis.plot([x.size for x in line], [x.cost for x in line], marker="o", label=label)
+            costs = [x.cost if x.cost > 0 else np.nan for x in line]
+            axis.plot([x.size for x in line], costs, marker="o", label=label)
         axis.set(xscale="log", yscale="log", xlabel=panel.varies)
         axis.set_title(panel.cost, fontsize=10)
         axis.set_xticks(sizes, [f"{x:,}" for x in sizes])
