@@ -46,15 +46,26 @@ def real_data() -> pathlib.Path:
     return pathlib.Path(folder)
 
 
+@pytest.fixture(scope="session")
+def compiled_folder(tmp_path_factory):
+    """A folder for compiled programs that all processes of this run of the tests share."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def compile_cache(tmp_path_factory):
-    """Programs that several runs of a module share are compiled once."""
+def compile_cache(compiled_folder):
+    """Programs that several runs share, of this module or of another, are compiled once."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
     settings = {
         "jax_enable_compilation_cache": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(compiled_folder),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
     }
     before = {name: getattr(jax.config, name) for name in settings}

@@ -12,6 +12,7 @@ import tiny
 from rlhf_jax import evaluation, launch, sharding
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.sampling import Sampling
+from rlhf_jax.tasks import reviews
 
 pytestmark = pytest.mark.usefixtures("caches")
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
@@ -46,8 +47,18 @@ def test_an_experiment_imports_without_side_effects(experiment, path, tmp_path, 
     assert not any(tmp_path.iterdir())
 
 
+@pytest.fixture
+def few_rows(monkeypatch):
+    """The task of the quickstart with fewer rows: enough for a few tiny steps."""
+    make, counts = reviews.make, {"num_comparisons": 300, "num_eval_comparisons": 64}
+    counts |= {"num_demonstrations": 400}
+    monkeypatch.setattr(
+        reviews, "make", lambda seed, folder, **given: make(seed, folder, **given | counts)
+    )
+
+
 def test_the_quickstart_runs_writes_its_files_and_continues(
-    experiment, tmp_path, capsys, called_programs
+    experiment, tmp_path, capsys, called_programs, few_rows
 ):
     quickstart = experiment("quickstart")
     workdir = ["--workdir", str(tmp_path / "run"), *ONE_DEVICE]
@@ -69,7 +80,7 @@ def test_the_quickstart_runs_writes_its_files_and_continues(
     page = (run / "report.html").read_text()
     assert "KL to the reference" in page and "http" not in page.replace("http://www.w3.org", "")
     printed = capsys.readouterr().out
-    assert "rows, 3800 kept, none dropped" in printed and "⟦" in printed
+    assert "rows, 380 kept, none dropped" in printed and "⟦" in printed
     assert "The same prompts before and after training" in printed
 
     # What `--plan` compiles is what was run: the same functions, with arguments of the same shapes.
