@@ -26,9 +26,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlhf_jax import abstract, advantages, losses, on_policy, online
@@ -204,9 +202,7 @@ def _measured(config: Config, baseline: Baseline, rollout: Rollout) -> dict[str,
     """The metrics of the rollout, without its greedy responses."""
     if not baseline.greedy:
         return {}
-
-    rows = np.arange(rollout.scores.shape[0])
-    drawn = jax.tree.map(lambda x: x[rows[rows % config.samples_per_prompt > 0]], rollout)
+    drawn = rollouts.drawn(rollout, config.samples_per_prompt)
     return rollouts.measurements(drawn) | {"num_tokens": jnp.sum(rollout.lengths)}
 
 

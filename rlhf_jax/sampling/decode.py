@@ -43,6 +43,9 @@ class Samples(NamedTuple):
     filtered_logprobs: Float[Array, "B T"]  # of the distribution that was sampled
     lengths: Int[Array, " B"]  # number of sampled tokens
     finished: Float[Array, " B"]  # 1 if the row emitted EOS
+    given: Float[Array, " B"] | None = (
+        None  # 1 if the response was not drawn: `rollout.with_references`
+    )
 
 
 def row_keys(key: Key[Array, ""], index: Int[Array, " B"], sample: int | Array = 0) -> Array:
@@ -330,6 +333,7 @@ def sample(
     ends: Ends,
     choose: Choose = categorical,
     processors: tuple[Processor, ...] = (),
+    heat: Float[Array, " B"] | None = None,
 ) -> Samples:
     """Continues left-padded prompts until EOS, by at most `sampling.max_new_tokens` tokens.
 
@@ -339,7 +343,8 @@ def sample(
 
     A pure function, to be jitted (with `ends`, `choose` and `processors` static). The processors
     change the logits one after another, after the penalties and the temperature of `sampling` and
-    before its filters; then `choose` draws, except at temperature 0: see `draw`.
+    before its filters; then `choose` draws, except at temperature 0: see `draw`. `heat` multiplies
+    the temperature of each prompt's responses, but not that of the policy's log-probabilities.
     Raises ValueError if `pad_id` is an EOS id, if rows are too long for the model, if the prompts
     do not divide the keys, or, outside of jit, as `check_prompts` does.
     """
@@ -364,6 +369,8 @@ def sample(
 
     def process(logits, tokens, count):
         history = History(prompts, attend, tokens, count)
+        if heat is not None:
+            logits = logits / jnp.repeat(heat, rows)[:, None]
         for processor in processors:
             logits = processor(logits, history)
         return logits
