@@ -210,12 +210,21 @@ def _network(path, _):
     return path[0].key
 
 
-def _checked(made: Any) -> tuple[Any, Any, dict[str, Array]]:
-    """What `make_batch` returned. Raises ValueError unless it is (batch, memory, metrics)."""
+def _checked(config: Config, made: Any) -> tuple[Any, Any, dict[str, Array]]:
+    """What `make_batch` returned.
+
+    Raises ValueError unless it is (batch, memory, metrics) and minibatches divide the batch.
+    """
     if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[2], dict)):
         raise ValueError(
             "make_batch must return (batch, memory, metrics), memory () if it has none and metrics "
             f"a dict, but it returned {type(made).__name__}"
+        )
+    size = jax.tree.leaves(made[0])[0].shape[0]
+    if size % config.num_minibatches:
+        raise ValueError(
+            f"make_batch returned {size} rows or groups, which num_minibatches="
+            f"{config.num_minibatches} does not divide"
         )
     return made
 
@@ -244,14 +253,8 @@ def update(
     params = partition.combine(frozen, state.train.trainable)
     with explained_tracing():
         made = make_batch(config, params, memory_of(config, state), rollout)
-        batch, memory, metrics = _checked(made)
-    optimizer = make_optimizer(config)
-    size = jax.tree.leaves(batch)[0].shape[0]
-    if size % config.num_minibatches:
-        raise ValueError(
-            f"make_batch returned {size} rows or groups, which num_minibatches="
-            f"{config.num_minibatches} does not divide"
-        )
+    batch, memory, metrics = _checked(config, made)
+    optimizer, size = make_optimizer(config), jax.tree.leaves(batch)[0].shape[0]
 
     def update_once(train, rows):
         minibatch = jax.tree.map(lambda x: x[rows], batch)
@@ -373,9 +376,8 @@ def run(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Trains the algorithm's networks on the reward of what the policy writes: (params, history).
 
-    `Inputs` says what the arguments are. A reward in Python runs on the host while the device
-    computes the log-probabilities of the reference and the values. Continues from the newest
-    checkpoint. Raises ValueError for inputs that do not fit, TrainingStopped for a failed check.
+    `Inputs` says what the arguments are. Continues from the newest checkpoint. Raises ValueError
+    for inputs that do not fit, TrainingStopped for a failed check.
     """
     mesh = (runtime := runtime or Runtime()).mesh
     score = _check_inputs(algorithm, config, mesh, policy, prompts, scorer, score, reward)

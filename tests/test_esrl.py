@@ -11,10 +11,11 @@ import pytest
 import tiny
 
 from rlhf_jax import losses, online
-from rlhf_jax.algorithms import esrl, reinforce
+from rlhf_jax.algorithms import esrl
 from rlhf_jax.data import batches
 from rlhf_jax.models import transformer
 from rlhf_jax.sampling import Drawing, Sampling
+from rlhf_jax.training import state as training
 
 TINY = esrl.Config(
     num_iterations=3,
@@ -232,11 +233,11 @@ def test_rewards_are_z_scores_of_a_deque_over_more_than_two_turns():
 
 def test_references_are_not_pushed():
     drawn = (jnp.arange(8) % 4 > 0).astype(jnp.float32)
-    queue = reinforce.Queue(jnp.zeros(5), jnp.int32(0))
+    queue = training.Queue.empty(5)
     deque = collections.deque(maxlen=5)
     for start in (0.0, 100.0):
         rewards = start + jnp.arange(8.0)
-        queue = esrl._pushed(queue, rewards, drawn)
+        queue = queue.push(rewards, drawn)
         deque.extend(np.asarray(rewards)[np.asarray(drawn) > 0].tolist())
         assert int(queue.count) == (6 if start == 0 else 12)
         kept = np.sort(np.asarray(queue.values))

@@ -35,12 +35,12 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax import abstract, losses, on_policy, online
 from rlhf_jax.abstract import Stage
-from rlhf_jax.algorithms import reinforce
 from rlhf_jax.config import Count, Positive, Share
 from rlhf_jax.data.records import Prompts
 from rlhf_jax.models import decoding, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling.rollout import Rollout
+from rlhf_jax.training import state as training
 from rlhf_jax.training.metrics import Display
 
 DISPLAY = Display(
@@ -120,7 +120,7 @@ class Config(online.GroupConfig):
 class Memory(NamedTuple):
     """What ESRL knows of earlier iterations."""
 
-    rewards: reinforce.Queue
+    rewards: training.Queue
     capability: Float[Array, " N"]  # of each prompt at its last visit, 0 before the first
 
 
@@ -182,10 +182,9 @@ def prepare(config: Config, memory: Memory, prompts: Prompts) -> Prompts:
     return prompts._replace(heat=config.min_heat + (1.0 - config.min_heat) * (1.0 - known))
 
 
-def _z_scores(rewards: Float[Array, " M"], queue: reinforce.Queue) -> Float[Array, " M"]:
-    held = (jnp.arange(queue.values.shape[0]) < queue.count).astype(jnp.float32)
-    mean = losses.masked_mean(queue.values, held)
-    variance = losses.masked_mean(jnp.square(queue.values - mean), held)
+def _z_scores(rewards: Float[Array, " M"], queue: training.Queue) -> Float[Array, " M"]:
+    mean = losses.masked_mean(queue.values, queue.held)
+    variance = losses.masked_mean(jnp.square(queue.values - mean), queue.held)
     return (rewards - mean) * jax.lax.rsqrt(variance + 1e-8)
 
 
@@ -214,7 +213,7 @@ def make_batch(
     is_trained = (jnp.arange(count) < allowed[:, None]).reshape(-1) * (1.0 - given)
 
     drawn = 1.0 - given
-    queue = _pushed(memory.rewards, rewards, drawn)
+    queue = memory.rewards.push(rewards, drawn)
     gains = _z_scores(rewards, queue) * on_policy.response_weights(config, rollout)
     of_prompt = losses.masked_mean(found.reshape(-1, count), drawn.reshape(-1, count), axis=1)
     memory = Memory(queue, memory.capability.at[prompts].set(of_prompt))
@@ -240,17 +239,6 @@ def make_batch(
         "objective/rlhf_reward": losses.masked_mean(rewards, drawn),
     }
     return batch, memory, metrics
-
-
-def _pushed(queue: reinforce.Queue, rewards, drawn) -> reinforce.Queue:
-    """The queue with the rewards where `drawn` is 1, in their order, at the end."""
-    size = queue.values.shape[0]
-    number = jnp.cumsum(drawn) - 1  # of each reward among those that count
-    total = jnp.sum(drawn)
-    is_new = (drawn > 0) & (number >= total - size)  # the last `size`
-    places = jnp.where(is_new, (queue.count + number) % size, size).astype(jnp.int32)
-    values = queue.values.at[places].set(rewards, mode="drop")
-    return reinforce.Queue(values, queue.count + total.astype(jnp.int32))
 
 
 def loss(config: Config, params: dict, batch: Batch):
@@ -313,9 +301,7 @@ def algorithm(
     loss_fn: Callable = loss,
 ) -> online.Algorithm:
     """ESRL as `online` runs it on a dataset of so many prompts."""
-    memory = Memory(
-        reinforce.Queue(jnp.zeros(config.queue_size), jnp.int32(0)), jnp.zeros(num_prompts)
-    )
+    memory = Memory(training.Queue.empty(config.queue_size), jnp.zeros(num_prompts))
     return online.Algorithm(
         "esrl",
         DISPLAY,

@@ -59,13 +59,13 @@ class Config(online.GroupConfig):
     train_groups: Count | None = None
 
     def check(self) -> None:
-        """Raises ValueError for groups of one response, or for more groups than are sampled."""
-        super().check()
+        """Raises ValueError for more groups than are sampled, or as `GroupConfig` does."""
         if self.train_groups is not None and self.train_groups > self.batch_size:
             raise ValueError(
                 f"train_groups={self.train_groups} must be at most batch_size={self.batch_size}, "
                 "the groups that are sampled"
             )
+        super().check()
 
     @property
     def num_groups(self) -> int:

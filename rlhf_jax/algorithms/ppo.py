@@ -182,11 +182,9 @@ def make_batch(
 ):
     """Rewards, values, advantages and returns of a rollout: (Batch, Memory, metrics).
 
-    Per token r_t = -kl_coef * (log p_old - log p_ref), plus the score at `score_at`; then GAE.
-    Whitened rewards keep their mean. kl_estimate: one of `losses.kl_k1`, `kl_k2` and `kl_k3`.
-    whiten: (x [B, T], mask [B, T], shift_mean) -> [B, T].
+    Per token r_t = -kl_coef * KL estimate, plus the score at `score_at`; then GAE. Whitened rewards
+    keep their mean. kl_estimate: a function like `losses.kl_k1`. whiten: one like `whiten`.
     """
-    del params
     mask = rollout.mask
     value_mask = advantages.extend_after_eos(mask) if config.score_at == "after_eos" else mask
     kl = kl_estimate(logprobs=rollout.old_logprobs, ref_logprobs=rollout.ref_logprobs)
@@ -222,8 +220,8 @@ def make_batch(
         returns=returns,
     )
     response_kl = jnp.sum(kl * mask, axis=1)
+    # As in TRL the scores that the rewards hold: rlhf_reward = scores + non_score_reward.
     metrics = {
-        # As in TRL the scores that the rewards hold: rlhf_reward = scores + non_score_reward.
         "objective/scores": jnp.mean(scores),
         "objective/raw_scores": jnp.mean(rollout.scores),
         "objective/non_score_reward": jnp.mean(-kl_coef * response_kl),

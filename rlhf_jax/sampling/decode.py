@@ -323,6 +323,17 @@ def _samples(prompts, attend, drawn: Drawn, ends: Ends) -> Samples:
     )
 
 
+def _rows_of_each(prompts: Array, keys: Array) -> int:
+    """How many responses a prompt has. Raises ValueError unless there is a key for each."""
+    rows, rest = divmod(keys.shape[0], prompts.shape[0])
+    if rest or not rows:
+        raise ValueError(
+            f"{keys.shape[0]} keys for {prompts.shape[0]} prompts; give one key for each response, "
+            "equally many for each prompt"
+        )
+    return rows
+
+
 def sample(
     model: transformer.Model,
     prompts: Int[Array, "B P"],
@@ -349,12 +360,7 @@ def sample(
     do not divide the keys, or, outside of jit, as `check_prompts` does.
     """
     check_sampling(prompts, attend, ends)
-    rows, rest = divmod(keys.shape[0], prompts.shape[0])
-    if rest or not rows:
-        raise ValueError(
-            f"{keys.shape[0]} keys for {prompts.shape[0]} prompts; give one key for each response, "
-            "equally many for each prompt"
-        )
+    rows = _rows_of_each(prompts, keys)
     model = decoding.weights_for(model)
     size = prompts.shape[1] + sampling.max_new_tokens
     hidden, cache = decoding.prefill(model, prompts, attend, size, rows)
