@@ -102,10 +102,15 @@ def comparisons(
     return sharding.abstract_rows(mesh, found)
 
 
-def prompts(mesh: jax.sharding.Mesh, rows: int, length: int) -> Prompts:
-    """A batch of `rows` prompts, padded to `length` tokens."""
+def prompts(mesh: jax.sharding.Mesh, rows: int, length: int, reference: int = 0) -> Prompts:
+    """A batch of `rows` prompts, padded to `length` tokens, and references to `reference`."""
     ints, index = Shape((rows, length), jnp.int32), Shape((rows,), jnp.int32)
-    return sharding.abstract_rows(mesh, Prompts(ints, ints, index))
+    found = Prompts(ints, ints, index)
+    if reference:
+        found = found._replace(
+            references=Shape((rows, reference), jnp.int32), reference_lengths=index
+        )
+    return sharding.abstract_rows(mesh, found)
 
 
 def supervised(
@@ -168,10 +173,12 @@ class Inputs(TypedDict, total=False):
 
     policy: Model
     max_prompt: int  # tokens that prompts are padded to
+    max_reference: int  # ... and references, 0 where prompts have none
     ends: Ends  # the tokenizer's
     mesh: jax.sharding.Mesh
     scorer: Any
     critic: Model | None
+    pretraining: Demonstrations | None  # a batch of the text that is mixed in
     score: Score | None  # None for a reward in Python
     resident: Any  # what the experiment holds besides
 
@@ -184,8 +191,10 @@ def online(
     max_prompt: int,
     ends: Ends,
     mesh: jax.sharding.Mesh,
+    max_reference: int = 0,
     scorer: Any = None,
     critic: Model | None = None,
+    pretraining: Demonstrations | None = None,
     score: Score | None = learned.score,
     resident: Any = (),
 ) -> Stage:
@@ -196,7 +205,7 @@ def online(
     trainable, bases = partition.partition(networks)
     given = {"reference": policy, "scorer": scorer, **bases}
     trained, frozen = loop.arranged(mesh, trainable, given)
-    batch = prompts(mesh, algorithms.prompt_rows(config, mesh), max_prompt)
+    batch = prompts(mesh, algorithms.prompt_rows(config, mesh), max_prompt, max_reference)
     with jax.set_mesh(mesh):
         state, restored = (
             sharding.abstract(mesh, algorithms.init_state, config, algorithm.memory, trained)
@@ -204,16 +213,25 @@ def online(
         )
         programs = algorithms.compile_programs(algorithm, Drawing(ends), score, mesh, state, frozen)
         params = partition.combine(frozen, state.train.trainable)
+        if programs.prepare is not None:
+            memory = algorithms.memory_of(config, state)
+            prepared = jax.eval_shape(programs.prepare, config, memory, batch)
+            batch = sharding.abstract_rows(mesh, prepared)
         drawing = (config, params, state.iteration, batch)
         drawn = sharding.abstract_rows(mesh, jax.eval_shape(programs.sample, *drawing))
         judging = (config, params, *drawn)
         rollout = sharding.abstract_rows(mesh, jax.eval_shape(programs.judge, *judging))
+        rollout = rollout._replace(pretraining=pretraining)
         batch, _, _ = jax.eval_shape(
-            functools.partial(algorithm.make_batch, config), params, state.memory, rollout
+            functools.partial(algorithm.make_batch, config),
+            params,
+            algorithms.memory_of(config, state),
+            rollout,
         )
     held = (policy, scorer, critic, frozen, resident, state)
     slices, updating = config.micro_batches, (config, state, frozen, rollout)
-    minibatch = math.prod(batch.tokens.shape[:-1]) // config.num_minibatches // slices
+    rows = getattr(batch, "tokens", rollout.tokens).shape[:-1]
+    minibatch = math.prod(rows) // config.num_minibatches // slices
     trips = max_trips(config.sampling)
     return Stage(
         [
@@ -222,7 +240,7 @@ def online(
             Program(f"{name}: update", programs.update, updating, held, minibatch, updates=True),
             Program(f"{name}: restore", None, (), (held, restored), responses),
         ],
-        loop.models_of(given, state.train)["policy"],
+        loop.models_of(given, algorithms.returned(config, state))["policy"],
         held,
     )
 

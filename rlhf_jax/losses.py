@@ -147,42 +147,51 @@ def _chunk_logprobs(vocabulary, logits, tokens):
     return chosen - total, entropy, total
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _of_chunks(vocabulary, hidden, unembedding, tokens, temperature, softcap):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _of_chunks(vocabulary, entropy_gradient, hidden, unembedding, tokens, temperature, softcap):
     """Log-probabilities and entropies, [n, B, C] each, of chunks [n, B, C, D].
 
     The backward pass is written out, because the derived one is a quarter slower on CPUs: it
     scatters into the logits' gradient and multiplies by a transposed copy of it. Here one pass over
     the logits gives p - [token], from which both products start.
     """
-    return _of_chunks_forward(vocabulary, hidden, unembedding, tokens, temperature, softcap)[0]
+    given = (hidden, unembedding, tokens, temperature, softcap)
+    return _of_chunks_forward(vocabulary, entropy_gradient, *given)[0]
 
 
-def _of_chunks_forward(vocabulary, hidden, unembedding, tokens, temperature, softcap):
+def _of_chunks_forward(
+    vocabulary, entropy_gradient, hidden, unembedding, tokens, temperature, softcap
+):
     def of_chunk(arrays):
         logits = _logits(arrays[0], unembedding)
         return _chunk_logprobs(vocabulary, _scaled(logits, temperature, softcap), arrays[1])
 
     logprobs, entropy, total = jax.lax.map(of_chunk, (hidden, tokens))
-    return (logprobs, entropy), (hidden, unembedding, tokens, temperature, softcap, total)
+    kept = entropy if entropy_gradient else None
+    return (logprobs, entropy), (hidden, unembedding, tokens, temperature, softcap, total, kept)
 
 
-def _of_chunks_backward(vocabulary, saved, gradients):
-    hidden, unembedding, tokens, temperature, softcap, total = saved
-    gradient, _ = gradients  # the entropy is a measurement here, never an objective
+def _of_chunks_backward(vocabulary, entropy_gradient, saved, gradients):
+    hidden, unembedding, tokens, temperature, softcap, total, entropy = saved
+    if not entropy_gradient:
+        gradients = (gradients[0], None)
     if vocabulary is not None:
         # Every shard has the same output, and its gradient arrives divided among the shards: so
         # it is without `check_vma`, as `heads` calls it.
-        gradient = jax.lax.psum(gradient, vocabulary)
+        gradients = jax.lax.psum(gradients, vocabulary)
     size = unembedding.shape[1]
     sums = jax.tree.map(jnp.zeros_like, (unembedding, temperature, softcap))
 
     def of_chunk(sums, arrays):
-        hidden, tokens, total, gradient = arrays
+        hidden, tokens, total, (gradient, of_entropy), entropy = arrays
         raw = _logits(hidden, unembedding)
         logits = _scaled(raw, temperature, softcap)
         is_token = jnp.arange(size) == _columns(tokens, size, vocabulary)[..., None]
-        d_logits = gradient[..., None] * (is_token - jnp.exp(logits - total[..., None]))
+        p = jnp.exp(logits - total[..., None])
+        d_logits = gradient[..., None] * (is_token - p)
+        if entropy_gradient:
+            surprise = logits - (total - entropy)[..., None]  # log p + entropy
+            d_logits -= of_entropy[..., None] * p * surprise
         d_raw, d_scales = _scaled_backward(raw, logits, d_logits, temperature, softcap)
         d_raw = d_raw.astype(hidden.dtype)
         how = {"precision": "highest", "preferred_element_type": jnp.float32}
@@ -191,7 +200,7 @@ def _of_chunks_backward(vocabulary, saved, gradients):
         steps = (d_unembedding.astype(unembedding.dtype), *d_scales)
         return jax.tree.map(jnp.add, sums, steps), d_hidden.astype(hidden.dtype)
 
-    sums, d_hidden = jax.lax.scan(of_chunk, sums, (hidden, tokens, total, gradient))
+    sums, d_hidden = jax.lax.scan(of_chunk, sums, (hidden, tokens, total, gradients, entropy))
     return d_hidden, sums[0], None, *sums[1:]
 
 
@@ -207,15 +216,16 @@ def chunked_token_logprobs(
     *,
     chunk_bytes: int | None = None,
     vocabulary: str | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`token_logprobs` of the final hidden states, and the entropy, without a [B, T, V] array.
 
     [B, T, D], [D, V], [B, T] -> ([B, T], [B, T]), in nats, float32; entry 0 of both is 0. Logits
     are computed for some positions of every row at a time, as many as `chunk_bytes` of them hold,
     in the forward pass and again in the backward pass. By default that is 16 MiB, or `MIN_CHUNK`
-    tokens where these take more. `softcap` is Gemma's c * tanh(logits / c).
-    The entropy carries no gradient. The log-probability of an id outside of the vocabulary is NaN.
-    Inside `jax.shard_map`, `vocabulary` names the mesh axis whose
+    tokens where these take more. `softcap` is Gemma's c * tanh(logits / c). The entropy carries a
+    gradient only with `entropy_gradient`. The log-probability of an id outside of the vocabulary is
+    NaN. Inside `jax.shard_map`, `vocabulary` names the mesh axis whose
     shards hold the columns of the unembedding; the sums run over all of them.
     Raises ValueError if tokens and hidden states differ in shape.
     """
@@ -237,7 +247,7 @@ def chunked_token_logprobs(
 
     scales = jax.tree.map(jnp.float32, (temperature, softcap))
     logprobs, entropy = _of_chunks(
-        vocabulary, split(align(hidden)), unembedding, split(tokens), *scales
+        vocabulary, entropy_gradient, split(align(hidden)), unembedding, split(tokens), *scales
     )
     return joined(logprobs), joined(entropy)
 
@@ -393,11 +403,14 @@ def clipped_policy_loss(
     advantages: Float[Array, "*n"],
     clip_eps: Scalar,
     clip_eps_high: Scalar | None = None,
+    dual_clip: Scalar | None = None,
 ) -> Float[Array, "*n"]:
     """PPO's clipped surrogate objective, negated. [B, T] per token, or [B] per response.
 
     Schulman et al. 2017 (arXiv:1707.06347), eq. 7; `clip_eps_high` loosens the upper side (DAPO,
-    arXiv:2503.14476). The log-ratio logprobs - old_logprobs is clamped at +-20 (`MAX_LOG_RATIO`).
+    arXiv:2503.14476). `dual_clip` c > 1 bounds the loss of a negative advantage A by c * |A| (Ye et
+    al. 2020, arXiv:1912.09729, eq. 5). The log-ratio logprobs - old_logprobs is clamped at +-20
+    (`MAX_LOG_RATIO`).
     Not reduced: the caller chooses the mean. Raises ValueError if shapes differ.
     """
     logprobs, old_logprobs, advantages = matched(
@@ -408,7 +421,10 @@ def clipped_policy_loss(
     def loss(log_ratio, advantages):
         ratio = jnp.exp(log_ratio)
         clipped = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + high)
-        return -jnp.minimum(ratio * advantages, clipped * advantages)
+        found = -jnp.minimum(ratio * advantages, clipped * advantages)
+        if dual_clip is None:
+            return found
+        return jnp.where(advantages < 0, jnp.minimum(found, -dual_clip * advantages), found)
 
     log_ratio = jnp.clip(logprobs - old_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     return _entrywise(loss, log_ratio, advantages)

@@ -116,7 +116,11 @@ def groups_that_differ(config: Any, rollout: Rollout) -> Float[Array, " G"]:
 
 def measurements(config: Any, rollout: Rollout) -> dict[str, Array]:
     """The metrics of a rollout that every algorithm reports."""
-    metrics = rollouts.measurements(rollout) | rollouts.gaps(rollout)
+    drawn = rollout
+    if rollout.given is not None:
+        drawn = rollouts.drawn(rollout, config.samples_per_prompt)
+    metrics = rollouts.measurements(drawn) | rollouts.gaps(rollout)
+    metrics["num_tokens"] = jnp.sum(rollout.lengths)
     if config.samples_per_prompt > 1:
         metrics["groups/informative"] = jnp.mean(groups_that_differ(config, rollout))
     if config.off_policy == "weight":

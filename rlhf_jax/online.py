@@ -26,19 +26,21 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
-from rlhf_jax import config, on_policy, sharding, shards
-from rlhf_jax.config import Count, Positive, Whole, explained_tracing
+from rlhf_jax import on_policy, sharding, shards
+from rlhf_jax.config import explained_tracing
 from rlhf_jax.data import loader
-from rlhf_jax.data.batches import Loader, Prompts
+from rlhf_jax.data.batches import Demonstrations, Loader, Prompts
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import flops, partition
 from rlhf_jax.models.transformer import Model
+from rlhf_jax.online_config import Config as Config
+from rlhf_jax.online_config import GroupConfig as GroupConfig
 from rlhf_jax.rewards import host, learned
 from rlhf_jax.sampling import decode, settings
 from rlhf_jax.sampling import rollout as rollouts
-from rlhf_jax.sampling.decode import Choose, Processor, Samples, Sampling
+from rlhf_jax.sampling.decode import Choose, Processor, Samples
 from rlhf_jax.sampling.rollout import Drawing, Outputs, Rollout, Score
-from rlhf_jax.training import loop
+from rlhf_jax.training import average, loop
 from rlhf_jax.training import state as training
 from rlhf_jax.training.loop import Runtime
 from rlhf_jax.training.metrics import Display
@@ -54,70 +56,6 @@ CURVES = {
 }
 
 
-class Config(config.Config):
-    """Settings of every online run."""
-
-    num_iterations: Count = 100
-    batch_size: Count = 64  # prompts per iteration
-    samples_per_prompt: Count = 1  # responses to each prompt
-    num_epochs: Count = 4  # passes over the responses of an iteration
-    num_minibatches: Count = 1  # updates per pass
-    micro_batches: Count = 1  # slices of a forward pass, to save memory; the loss is the same
-    sampling: Sampling = Sampling()
-    policy_optimizer: training.OptimizerConfig = training.OptimizerConfig(learning_rate=3e-5)
-    max_sampler_gap: Positive = 0.05  # mean |sampler - loss| log-probability in bfloat16, nats
-    # Where filters, penalties or processors make the sampler another distribution than the policy.
-    off_policy: on_policy.Correction = "refuse"
-    max_weight: Positive = 2.0  # of policy / sampler, with off_policy="weight"
-    reward_timeout: Positive | None = None  # seconds a reward in Python may take per iteration
-    save_every: Count = 25  # iterations between checkpoints
-    eval_every: Whole = 0  # iterations between evaluations; 0 is never
-    seed: Whole = 0
-
-    def check(self) -> None:
-        """Raises ValueError for sizes that do not divide each other and for greedy sampling."""
-        responses, parts = self.num_responses, self.num_minibatches
-        if responses % parts:
-            raise ValueError(
-                f"{responses} responses per iteration (batch_size * samples_per_prompt) are not a "
-                f"multiple of num_minibatches={parts}"
-            )
-        if responses // parts % self.micro_batches:
-            raise ValueError(
-                f"a minibatch of {responses // parts} responses is not a multiple of "
-                f"micro_batches={self.micro_batches}"
-            )
-        if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature=0 is greedy: nothing would be explored")
-
-    @property
-    def num_responses(self) -> int:
-        """Responses per iteration."""
-        return self.batch_size * self.samples_per_prompt
-
-    @property
-    def num_updates(self) -> int:
-        """Optimizer updates of the whole run."""
-        return self.num_iterations * self.num_epochs * self.num_minibatches
-
-    def row_counts(self) -> dict[str, int]:
-        """The numbers of rows that must divide over a mesh: responses, not prompts.
-
-        Micro-batches too: with fewer rows than devices they save no memory and cost more time.
-        """
-        name = "batch_size" if self.samples_per_prompt == 1 else "batch_size * samples_per_prompt"
-        minibatch = self.num_responses // self.num_minibatches
-        return {
-            name: self.num_responses,
-            "minibatch_size": minibatch,
-            "minibatch_size / micro_batches": minibatch // self.micro_batches,
-        }
-
-    def optimizers(self) -> dict[str, training.OptimizerConfig]:
-        """The optimizer of each network that may be trained."""
-        return {"policy": self.policy_optimizer}
-
-
 class State(NamedTuple):
     """Everything that an iteration changes."""
 
@@ -130,7 +68,9 @@ class Algorithm(NamedTuple):
     """The functions of an online algorithm, as this module's docstring says, and its display.
 
     memory: what `make_batch` is given in the first iteration. any_sampler: the update is right for
-    responses from any distribution, and not only for those of the policy.
+    responses from any distribution, and not only for those of the policy. references: whether it
+    learns from prompts with references, each of which then stands for the first of the K responses.
+    prepare: (config, memory, prompts) -> prompts, before they are sampled from; it may set `heat`.
     """
 
     name: str
@@ -140,6 +80,8 @@ class Algorithm(NamedTuple):
     loss: Callable
     memory: Any = ()
     any_sampler: bool = False
+    references: bool = False
+    prepare: Callable[[Any, Any, Prompts], Prompts] | None = None
 
 
 class Inputs(TypedDict, total=False):
@@ -155,6 +97,7 @@ class Inputs(TypedDict, total=False):
     scorer: Any  # the parameters of `score`: a reward model, unless `score` says otherwise
     score: Score  # a reward on the device; the default is `rewards.learned.score`
     reward: host.Reward  # a reward in Python, (prompts, responses, rows) -> scores
+    pretraining: Loader  # text, whose batch of each iteration `make_batch` finds in the rollout
     critic: Model  # starts the value network of an algorithm that has one
     choose: Choose  # how a token is drawn from its logits, with the probabilities of their softmax
     processors: tuple[Processor, ...]  # change the logits before a token is drawn
@@ -187,9 +130,10 @@ def sample(
     """The responses of an iteration: (samples [B, T], the prompts' numbers [B]).
 
     Those to a prompt follow each other, so [B] reshapes to [prompts, K]. `prompts` has each prompt
-    in one row or in several (`prompt_rows`), among which its K samples are divided.
+    in one row or in several (`prompt_rows`), among which its K samples are divided. Where prompts
+    have references, these stand for the first of the K.
     """
-    return rollouts.sample(
+    samples, index = rollouts.sample(
         params["policy"],
         prompts,
         iteration_key(config, iteration, 0),
@@ -197,6 +141,10 @@ def sample(
         drawing=drawing,
         rows=config.num_responses // prompts.index.shape[0],
     )
+    if prompts.references is not None:
+        every = config.samples_per_prompt
+        samples = rollouts.with_references(samples, prompts, drawing.ends, every)
+    return samples, index
 
 
 def prompt_rows(config: Config, mesh: jax.sharding.Mesh) -> int:
@@ -232,10 +180,11 @@ def collect(
     return judge(score, config, params, *sample(drawing, config, params, iteration, prompts))
 
 
-def forward(config: Config, params: dict, batch: Any) -> Outputs:
+def forward(config: Config, params: dict, batch: Any, *, entropy_gradient: bool = False) -> Outputs:
     """(logprobs, values, entropy) of the response tokens [B, T] under the networks as they are now.
 
-    `batch` needs `tokens` and `attend`. The temperature is the one that sampled.
+    `batch` needs `tokens` and `attend`. The temperature is the one that sampled. Entropies have a
+    gradient only with `entropy_gradient`.
     """
     return rollouts.forward(
         params,
@@ -243,6 +192,7 @@ def forward(config: Config, params: dict, batch: Any) -> Outputs:
         batch.attend,
         sampling=config.sampling,
         micro_batches=config.micro_batches,
+        entropy_gradient=entropy_gradient,
     )
 
 
@@ -260,12 +210,21 @@ def _network(path, _):
     return path[0].key
 
 
-def _checked(made: Any) -> tuple[Any, Any, dict[str, Array]]:
-    """What `make_batch` returned. Raises ValueError unless it is (batch, memory, metrics)."""
+def _checked(config: Config, made: Any) -> tuple[Any, Any, dict[str, Array]]:
+    """What `make_batch` returned.
+
+    Raises ValueError unless it is (batch, memory, metrics) and minibatches divide the batch.
+    """
     if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[2], dict)):
         raise ValueError(
             "make_batch must return (batch, memory, metrics), memory () if it has none and metrics "
             f"a dict, but it returned {type(made).__name__}"
+        )
+    size = jax.tree.leaves(made[0])[0].shape[0]
+    if size % config.num_minibatches:
+        raise ValueError(
+            f"make_batch returned {size} rows or groups, which num_minibatches="
+            f"{config.num_minibatches} does not divide"
         )
     return made
 
@@ -273,6 +232,7 @@ def _checked(made: Any) -> tuple[Any, Any, dict[str, Array]]:
 def init_state(config: Config, memory: Any, trainable: dict) -> State:
     """State before the first iteration."""
     memory = jax.tree.map(jnp.copy, memory)
+    memory = average.start(config.ema_decay, memory, trainable.get("policy"))
     return State(training.init_state(make_optimizer(config), trainable), jnp.int32(0), memory)
 
 
@@ -292,14 +252,9 @@ def update(
     """
     params = partition.combine(frozen, state.train.trainable)
     with explained_tracing():
-        batch, memory, metrics = _checked(make_batch(config, params, state.memory, rollout))
-    optimizer = make_optimizer(config)
-    size = jax.tree.leaves(batch)[0].shape[0]
-    if size % config.num_minibatches:
-        raise ValueError(
-            f"make_batch returned {size} rows or groups, which num_minibatches="
-            f"{config.num_minibatches} does not divide"
-        )
+        made = make_batch(config, params, memory_of(config, state), rollout)
+    batch, memory, metrics = _checked(config, made)
+    optimizer, size = make_optimizer(config), jax.tree.leaves(batch)[0].shape[0]
 
     def update_once(train, rows):
         minibatch = jax.tree.map(lambda x: x[rows], batch)
@@ -332,22 +287,36 @@ def update(
             num_epochs=config.num_epochs,
         ),
     }
+    memory = average.moved(config.ema_decay, state.memory, memory, train.trainable.get("policy"))
     new = State(train, state.iteration + 1, memory)
     old = state._replace(train=train)  # gradient_step has kept the last good parameters
     good = train.bad_step < 0
     return jax.tree.map(lambda x, y: jnp.where(good, x, y), new, old), metrics
 
 
+def memory_of(config: Config, state: State) -> Any:
+    """What the algorithm itself carries from one iteration to the next."""
+    return average.own(config.ema_decay, state.memory)
+
+
+def returned(config: Config, state: State) -> training.TrainState:
+    """The train state with the policy that a run returns: see `Config.ema_decay`."""
+    chosen = average.policy(config.ema_decay, state.memory, state.train.trainable)
+    return state.train._replace(trainable=chosen)
+
+
 # --------------------------------------------------------------------------------------- the run
 
 
 class Programs(NamedTuple):
-    """The three compiled programs of an iteration; each takes the configuration first.
+    """The compiled programs of an iteration; each takes the configuration first.
 
+    prepare(config, memory, prompts), None where an algorithm has none,
     sample(config, params, iteration, prompts), judge(config, params, samples, index),
     update(config, state, frozen, rollout), which donates the state.
     """
 
+    prepare: Callable | None
     sample: Callable
     judge: Callable
     update: Callable
@@ -363,7 +332,11 @@ def compile_programs(
     states, constants = sharding.tree(mesh, state), sharding.tree(mesh, frozen)
     params = partition.combine(constants, states.train.trainable)
     rows, replicated = sharding.rows(mesh), sharding.replicated(mesh)
+    prepare = algorithm.prepare and loop.compiled(
+        algorithm.prepare, (), in_shardings=(replicated, replicated, rows), out_shardings=rows
+    )
     return Programs(
+        prepare,
         sample=loop.compiled(
             sample,
             (drawing,),
@@ -393,6 +366,7 @@ def run(
     scorer: Any = None,
     score: Score | None = None,
     reward: host.Reward | None = None,
+    pretraining: Loader | None = None,
     critic: Model | None = None,
     choose: Choose = decode.categorical,
     processors: tuple[Processor, ...] = (),
@@ -402,16 +376,15 @@ def run(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Trains the algorithm's networks on the reward of what the policy writes: (params, history).
 
-    `Inputs` says what the arguments are. A reward in Python runs on the host while the device
-    computes the log-probabilities of the reference and the values. Continues from the newest
-    checkpoint. Raises ValueError for inputs that do not fit, TrainingStopped for a failed check.
+    `Inputs` says what the arguments are. Continues from the newest checkpoint. Raises ValueError
+    for inputs that do not fit, TrainingStopped for a failed check.
     """
     mesh = (runtime := runtime or Runtime()).mesh
-    score = _check_inputs(algorithm.name, config, mesh, policy, prompts, scorer, score, reward)
+    score = _check_inputs(algorithm, config, mesh, policy, prompts, scorer, score, reward)
     on_policy.check_sampler(algorithm.name, config, processors, choose, algorithm.any_sampler)
     loop.check_evaluation(config.eval_every, evaluate)
     drawing = Drawing(tokenizer.ends, choose, processors)
-    prompts = _in_rows(config, mesh, prompts)
+    batches = _in_rows(config, mesh, prompts, pretraining)
     with jax.set_mesh(mesh):
         trainable, bases = partition.partition(algorithm.networks(config, policy, critic))
         given = sharding.place(mesh, {"reference": policy, "scorer": scorer, **bases})
@@ -424,12 +397,12 @@ def run(
         )
 
         def figures(done: int, state: State) -> dict[str, float]:
-            return evaluate(done, loop.models_of(given, state.train)["policy"])
+            return evaluate(done, loop.models_of(given, returned(config, state))["policy"])
 
         state, history = loop.train(
             functools.partial(_iterate, config, programs, mesh, frozen, host_scores),
             state,
-            prompts,
+            batches,
             loop.Plan(
                 algorithm.name,
                 algorithm.display,
@@ -442,12 +415,22 @@ def run(
             observe=observe,
             evaluate=figures,
         )
-    return loop.models_of(given, state.train), history
+    return loop.models_of(given, returned(config, state)), history
 
 
-def _check_inputs(name, config, mesh, policy, prompts, scorer, score, reward) -> Score | None:
+def _check_inputs(algorithm, config, mesh, policy, prompts, scorer, score, reward) -> Score | None:
     """The reward on the device, None if it is in Python. Raises ValueError if inputs do not fit."""
-    loader.expect(prompts, f"{name}.run", Prompts)
+    loader.expect(prompts, f"{algorithm.name}.run", Prompts)
+    longest, reference = config.sampling.max_new_tokens, prompts.examples.shape.reference
+    if reference and not algorithm.references:
+        raise ValueError(
+            f"{algorithm.name} has no use for references; read the prompts without max_reference="
+        )
+    if reference > longest:
+        raise ValueError(
+            f"references of {reference} tokens are longer than max_new_tokens={longest}; read the "
+            f"prompts with max_reference={longest}"
+        )
     settings.check_vocabulary(config.sampling, policy.config.vocab_size)
     loop.check_batch_size(config.batch_size, prompts)
     sharding.check_rows(mesh, **config.row_counts())
@@ -463,11 +446,19 @@ def _check_inputs(name, config, mesh, policy, prompts, scorer, score, reward) ->
     return None
 
 
-def _in_rows(config: Config, mesh, prompts: Loader) -> Loader:
-    """The prompts in as many rows as `prompt_rows` says, of which this process reads its own."""
+def _in_rows(config: Config, mesh, prompts: Loader, text: Loader | None) -> loader.Together:
+    """The rows of prompts and text that this process reads; `prompt_rows` says how many there are.
+
+    Raises ValueError for text that is none, or does not divide over the mesh.
+    """
     count = prompt_rows(config, mesh)
     places = np.arange(count) // (count // config.batch_size)
-    return prompts.reading(places[sharding.process_rows(mesh, count)])
+    prompts = prompts.reading(places[sharding.process_rows(mesh, count)])
+    if text is not None:
+        loader.expect(text, "pretraining=", Demonstrations)
+        sharding.check_rows(mesh, pretraining=text.batch_size)
+        text = text.reading(sharding.process_rows(mesh, text.batch_size))
+    return loader.Together((prompts, text))
 
 
 def _iterate(
@@ -477,13 +468,15 @@ def _iterate(
     frozen: dict,
     host_scores: Callable | None,
     state: State,
-    batch: Prompts,
+    batch: tuple[Prompts, Demonstrations | None],
 ) -> tuple[State, loop.Outcome]:
     """One iteration: enqueues its three programs, and runs a reward in Python between them."""
     params = partition.combine(frozen, state.train.trainable)
-    batch = sharding.put_rows(mesh, batch)
-    samples, index = programs.sample(config, params, state.iteration, batch)
-    rollout = programs.judge(config, params, samples, index)
+    prompts, text = sharding.put_rows(mesh, batch)
+    if programs.prepare is not None:
+        prompts = programs.prepare(config, memory_of(config, state), prompts)
+    samples, index = programs.sample(config, params, state.iteration, prompts)
+    rollout = programs.judge(config, params, samples, index)._replace(pretraining=text)
     parts = {}
     if host_scores is not None:  # while the device runs `judge`
         scores, parts = jax.tree.map(

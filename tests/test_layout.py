@@ -28,6 +28,7 @@ LAYERS = {
     "distributed.py": 5,
     "algorithms": 4,
     "online.py": 3.5,
+    "online_config.py": 3.45,
     "on_policy.py": 3.4,
     "rewards": 3,
     "sampling": 3,
@@ -206,11 +207,16 @@ def test_the_foundations_import_nothing_of_the_package():
     assert {file for file, _ in imported_files("advantages.py")} == {"losses.py"}
 
 
+# Functions to pass to `ppo.run`, and the loss that is PPO's without its clips.
+KIN_OF_PPO = ("ppo_presets", "ppo_variants", "actor_critic")
+
+
 def test_algorithms_do_not_import_each_other():
+    kin = {f"algorithms/{name}.py" for name in KIN_OF_PPO}
     assert not [
         f"{name}:{line} imports {file}"
         for name in FILES
-        if name.startswith("algorithms/")
+        if name.startswith("algorithms/") and name not in kin
         for file, line in imported_files(name)
         if file.startswith("algorithms/")
     ]

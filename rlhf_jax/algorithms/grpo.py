@@ -47,7 +47,7 @@ DISPLAY = Display(
 )
 
 
-class Config(online.Config):
+class Config(online.GroupConfig):
     """Settings of a GRPO run; clipping and KL as in the paper, one update per iteration."""
 
     num_epochs: Count = 1
@@ -59,48 +59,18 @@ class Config(online.Config):
     train_groups: Count | None = None
 
     def check(self) -> None:
-        """Raises ValueError for groups of one response, or for more groups than are sampled."""
-        super().check()
-        if self.samples_per_prompt < 2:
-            raise ValueError(
-                f"samples_per_prompt={self.samples_per_prompt} must be at least 2: an advantage "
-                "compares the responses to a prompt"
-            )
+        """Raises ValueError for more groups than are sampled, or as `GroupConfig` does."""
         if self.train_groups is not None and self.train_groups > self.batch_size:
             raise ValueError(
                 f"train_groups={self.train_groups} must be at most batch_size={self.batch_size}, "
                 "the groups that are sampled"
             )
-        if self.num_groups % self.num_minibatches:
-            raise ValueError(
-                f"{self.num_groups} groups per iteration, which stay together, are not a multiple "
-                f"of num_minibatches={self.num_minibatches}"
-            )
-        rows = self.num_groups // self.num_minibatches * self.samples_per_prompt
-        if rows % self.micro_batches:
-            raise ValueError(
-                f"a minibatch of {rows} responses is not a multiple of "
-                f"micro_batches={self.micro_batches}"
-            )
+        super().check()
 
     @property
     def num_groups(self) -> int:
         """Groups per iteration that are trained on."""
         return self.train_groups or self.batch_size
-
-    def row_counts(self) -> dict[str, int]:
-        """The numbers of rows that must divide over a mesh: responses that are sampled, and groups.
-
-        Micro-batches too: with fewer rows than devices they save no memory and cost more time.
-        """
-        groups = self.num_groups // self.num_minibatches
-        return {
-            "batch_size * samples_per_prompt": self.num_responses,
-            "groups per minibatch": groups,
-            "minibatch_size / micro_batches": groups
-            * self.samples_per_prompt
-            // self.micro_batches,
-        }
 
 
 class Batch(NamedTuple):

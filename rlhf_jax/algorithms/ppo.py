@@ -10,6 +10,7 @@ weights and the distribution of prefixes; filters leave the gradient over the to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Unpack
 
@@ -21,7 +22,7 @@ from rlhf_jax.abstract import Stage
 from rlhf_jax.config import NonNegative, Positive, Share
 from rlhf_jax.models import transformer
 from rlhf_jax.models.transformer import Model
-from rlhf_jax.sampling.rollout import Rollout
+from rlhf_jax.sampling.rollout import Outputs, Rollout
 from rlhf_jax.training import state as training
 from rlhf_jax.training.metrics import Display
 
@@ -37,17 +38,16 @@ DISPLAY = Display(
 )
 
 
-class Config(online.Config):
-    """Settings of a PPO run; clipping, GAE, epochs, value and KL coefficients default to TRL 1.x's.
+class CriticConfig(online.Config):
+    """Settings of runs with a critic: rewards per token, advantages, and the value loss's weight.
 
-    With `kl_target` the KL coefficient is adapted (Ziegler et al. 2019).
+    GAE, value and KL coefficients default to TRL 1.x's. With `kl_target` the KL coefficient is
+    adapted (Ziegler et al. 2019).
     """
 
     critic_optimizer: training.OptimizerConfig = training.OptimizerConfig(learning_rate=1e-4)
     discount: Share = 1.0
     gae_lambda: Share = 0.95
-    clip_eps: NonNegative = 0.2
-    value_clip_eps: NonNegative = 0.2
     value_coef: NonNegative = 0.1
     kl_coef: float = 0.05  # reward subtracted per nat of KL
     kl_target: Positive | None = None  # nats per response
@@ -62,6 +62,13 @@ class Config(online.Config):
     def optimizers(self) -> dict[str, training.OptimizerConfig]:
         """One for each network; a shared critic is trained with the policy."""
         return {"policy": self.policy_optimizer, "critic": self.critic_optimizer}
+
+
+class Config(CriticConfig):
+    """Settings of a PPO run; clipping and epochs default to TRL 1.x's too."""
+
+    clip_eps: NonNegative = 0.2
+    value_clip_eps: NonNegative = 0.2
 
 
 class Batch(NamedTuple):
@@ -85,6 +92,10 @@ class Memory(NamedTuple):
     scores: training.RunningMoments
 
 
+# With the unbiased variance, as TRL and verl do.
+whiten = functools.partial(losses.masked_whiten, unbiased=True)
+
+
 class Result(NamedTuple):
     """The trained policy and critic (None if shared) and the metrics of each iteration run here."""
 
@@ -95,13 +106,22 @@ class Result(NamedTuple):
 
 def loss(config: Config, params: dict, batch: Batch):
     """Clipped policy loss + value_coef * clipped value loss, each a mean over the tokens."""
-    logprobs, values, entropy = online.forward(config, params, batch)
+    return loss_of(config, batch, online.forward(config, params, batch))
+
+
+def loss_of(config: Config, batch: Batch, outputs: Outputs, dual_clip: losses.Scalar | None = None):
+    """`loss` of what `online.forward` returned, for a loss of your own that adds to it.
+
+    dual_clip: see `losses.clipped_policy_loss`.
+    """
+    logprobs, values, entropy = outputs
     policy_loss = losses.masked_mean(
         losses.clipped_policy_loss(
             logprobs=logprobs,
             old_logprobs=batch.old_logprobs,
             advantages=batch.advantages,
             clip_eps=config.clip_eps,
+            dual_clip=dual_clip,
         ),
         batch.mask,
     )
@@ -151,16 +171,23 @@ def diagnostics(
     }
 
 
-def make_batch(config: Config, params: dict, memory: Memory, rollout: Rollout):
+def make_batch(
+    config: CriticConfig,
+    params: dict,
+    memory: Memory,
+    rollout: Rollout,
+    *,
+    kl_estimate: Callable[..., Array] = losses.kl_k1,
+    whiten: Callable[..., Array] = whiten,
+):
     """Rewards, values, advantages and returns of a rollout: (Batch, Memory, metrics).
 
-    Per token r_t = -kl_coef * (log p_old - log p_ref), plus the score at `score_at`; then GAE.
-    Whitening uses the unbiased variance, as TRL does; rewards keep their mean.
+    Per token r_t = -kl_coef * KL estimate, plus the score at `score_at`; then GAE. Whitened rewards
+    keep their mean. kl_estimate: a function like `losses.kl_k1`. whiten: one like `whiten`.
     """
-    del params
     mask = rollout.mask
     value_mask = advantages.extend_after_eos(mask) if config.score_at == "after_eos" else mask
-    kl = losses.kl_k1(logprobs=rollout.old_logprobs, ref_logprobs=rollout.ref_logprobs)
+    kl = kl_estimate(logprobs=rollout.old_logprobs, ref_logprobs=rollout.ref_logprobs)
     kl_coef = config.kl_coef * memory.kl_factor
     moments = memory.scores.push(rollout.scores)
     scores = rollout.scores
@@ -171,7 +198,7 @@ def make_batch(config: Config, params: dict, memory: Memory, rollout: Rollout):
         scores=scores, kl=kl, mask=mask, kl_coef=kl_coef, score_at=config.score_at
     )
     if config.whiten_rewards:
-        rewards = losses.masked_whiten(rewards, value_mask, shift_mean=False, unbiased=True)
+        rewards = whiten(rewards, value_mask, shift_mean=False)
     old_values = rollout.values * value_mask
     estimates, returns = advantages.gae(
         rewards=rewards,
@@ -181,7 +208,7 @@ def make_batch(config: Config, params: dict, memory: Memory, rollout: Rollout):
         gae_lambda=config.gae_lambda,
     )
     if config.whiten_advantages:
-        estimates = losses.masked_whiten(estimates, mask, unbiased=True)
+        estimates = whiten(estimates, mask)
     batch = Batch(
         tokens=rollout.tokens,
         attend=rollout.attend,
@@ -193,8 +220,8 @@ def make_batch(config: Config, params: dict, memory: Memory, rollout: Rollout):
         returns=returns,
     )
     response_kl = jnp.sum(kl * mask, axis=1)
+    # As in TRL the scores that the rewards hold: rlhf_reward = scores + non_score_reward.
     metrics = {
-        # As in TRL the scores that the rewards hold: rlhf_reward = scores + non_score_reward.
         "objective/scores": jnp.mean(scores),
         "objective/raw_scores": jnp.mean(rollout.scores),
         "objective/non_score_reward": jnp.mean(-kl_coef * response_kl),
@@ -215,7 +242,7 @@ def _explained_variance(values, returns, mask):
     return 1.0 - variance(returns - values) / (variance(returns) + 1e-8)
 
 
-def adapted_kl_factor(config: Config, factor, kl):
+def adapted_kl_factor(config: CriticConfig, factor, kl):
     """factor * (1 + clip(KL / target - 1, +-0.2) * n / horizon); Ziegler et al. 2019, section 2.2.
 
     n is the number of responses per iteration. Without `kl_target` the factor does not change.
@@ -226,7 +253,7 @@ def adapted_kl_factor(config: Config, factor, kl):
     return factor * (1.0 + error * config.num_responses / config.kl_horizon)
 
 
-def networks(config: Config, policy: Model, critic: Model | None) -> dict[str, Model]:
+def networks(config: CriticConfig, policy: Model, critic: Model | None) -> dict[str, Model]:
     """What is trained. Without `critic` (or with `shared_critic`) values start at exactly 0.
 
     Raises ValueError for a `critic` together with `shared_critic`, which would not use it.

@@ -26,9 +26,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlhf_jax import abstract, advantages, losses, on_policy, online
@@ -39,6 +37,7 @@ from rlhf_jax.sampling import decode
 from rlhf_jax.sampling import rollout as rollouts
 from rlhf_jax.sampling.decode import Choose
 from rlhf_jax.sampling.rollout import Rollout
+from rlhf_jax.training import state as training
 from rlhf_jax.training.metrics import Display
 
 DISPLAY = Display("REINFORCE", online.HEADLINE, {**online.CURVES, "loss": "Loss"})
@@ -139,19 +138,9 @@ def moving_average(decay: float = 0.9) -> Baseline:
     )
 
 
-class Queue(NamedTuple):
-    """The last Q rewards, in a ring."""
-
-    values: Float[Array, " Q"]
-    count: Int[Array, ""]  # rewards pushed so far
-
-
-def _queue(memory: Queue, rewards):
-    size, new = memory.values.shape[0], rewards.reshape(-1)[-memory.values.shape[0] :]
-    skipped = rewards.size - new.shape[0]
-    places = (memory.count + skipped + jnp.arange(new.shape[0])) % size
-    memory = Queue(memory.values.at[places].set(new), memory.count + rewards.size)
-    mean = losses.masked_mean(memory.values, jnp.arange(size) < memory.count)
+def _queue(memory: training.Queue, rewards):
+    memory = memory.push(rewards.reshape(-1))
+    mean = losses.masked_mean(memory.values, memory.held)
     return jnp.full_like(rewards, mean), memory
 
 
@@ -163,7 +152,7 @@ def queue(size: int = 1000) -> Baseline:
     """
     if size < 1:
         raise ValueError(f"queue(size={size}) must hold at least one reward")
-    return Baseline(_queue, Queue(jnp.zeros(size), jnp.int32(0)))
+    return Baseline(_queue, training.Queue.empty(size))
 
 
 # ------------------------------------------------------------------------------------ the algorithm
@@ -204,9 +193,7 @@ def _measured(config: Config, baseline: Baseline, rollout: Rollout) -> dict[str,
     """The metrics of the rollout, without its greedy responses."""
     if not baseline.greedy:
         return {}
-
-    rows = np.arange(rollout.scores.shape[0])
-    drawn = jax.tree.map(lambda x: x[rows[rows % config.samples_per_prompt > 0]], rollout)
+    drawn = rollouts.drawn(rollout, config.samples_per_prompt)
     return rollouts.measurements(drawn) | {"num_tokens": jnp.sum(rollout.lengths)}
 
 

@@ -179,27 +179,53 @@ def prompts(
     tokenizer: Tokenizer,
     max_prompt: int,
     *,
+    max_reference: int | None = None,
     format: formats.FormatLike = None,
     on_bad_row: OnBadRow = "error",
 ) -> Examples:
     """Tokenises the prompts of rows: BOS, prompt, or messages up to where the assistant answers.
 
-    The other fields of a row are not tokenised, but a reward function can read them: `sources` has
-    the responses, references and other fields of each row. Rows are duplicates if their prompts are
-    equal. Raises ValueError for a faulty row (or drops and counts it) or if no usable row is left.
+    With `max_reference` the best response of each row is read too, as `demonstrations` reads it: a
+    reference of at most so many tokens, EOS included. The other fields of a row are not tokenised,
+    but a reward function can read them: `sources` has the responses, references and other fields of
+    each row. Rows are duplicates if their prompts are equal. Raises ValueError for a faulty row (or
+    drops and counts it), also one without the reference that is asked for, or if no usable row is
+    left.
     """
     _check_limits(max_prompt=max_prompt)
+    if max_reference is not None:
+        _check_limits(max_reference=max_reference)
 
     def tokenize(example: Example) -> records.PromptRow | str:
         ids = prompt_ids(tokenizer, example.prompt)
-        return LONG_PROMPT if len(ids) > max_prompt else records.PromptRow(_int32(ids))
+        if len(ids) > max_prompt:
+            return LONG_PROMPT
+        if max_reference is None:
+            return records.PromptRow(_int32(ids))
+        reference = _reference(tokenizer, example)
+        if len(reference) > max_reference:
+            return LONG_RESPONSE
+        return records.PromptRow(_int32(ids), reference)
 
     def used(example: Example) -> Example:
-        return Example(example.prompt, language=example.language)
+        read = {} if max_reference is None else {"responses": (example.completion,)}
+        return Example(example.prompt, language=example.language, **read)
 
-    reading = _Reading(formats.prompt, used, format, on_bad_row, max_prompt)
+    parse = formats.prompt if max_reference is None else formats.answered
+    room = max_prompt + (max_reference or 0)
+    reading = _Reading(parse, used, format, on_bad_row, room)
     kept = _tokenised(rows, tokenizer, reading, tokenize)
-    return Examples(*kept, Shape(max_prompt, tokenizer.pad_id), records.collate_prompts)
+    shape = Shape(max_prompt, tokenizer.pad_id, reference=max_reference or 0)
+    return Examples(*kept, shape, records.collate_prompts)
+
+
+def _reference(tokenizer: Tokenizer, example: Example) -> np.ndarray:
+    """The tokens of the best response and its EOS. Raises BadRow where they are EOS alone."""
+    document = document_of(tokenizer, example.prompt, example.completion)
+    ids = document.ids[document.trained]
+    if all(int(x) in tokenizer.eos_ids for x in ids):
+        schema.fail("the reference has no tokens but EOS", "give it some text or remove the row")
+    return ids
 
 
 def show(row: Demonstrations | Comparisons | Prompts, tokenizer: Tokenizer) -> str:
@@ -210,7 +236,7 @@ def show(row: Demonstrations | Comparisons | Prompts, tokenizer: Tokenizer) -> s
     match row:
         case Demonstrations(tokens, attend, mask):
             return _marked(tokens[attend > 0], mask[attend > 0], tokenizer)
-        case Prompts(tokens, attend, _):
+        case Prompts(tokens, attend):
             return _marked(tokens[attend > 0], np.zeros(np.sum(attend > 0)), tokenizer)
         case Comparisons(tokens, attend, _, ranks, present, margin, _):
             lines = [f"margin {float(margin):g}"] if margin else []

@@ -96,6 +96,14 @@ def demonstration(row: Row | str, format: FormatLike = None) -> Example:
     return example
 
 
+def answered(row: Row | str, format: FormatLike = None) -> Example:
+    """A row with a prompt and a response to imitate."""
+    example = demonstration(row, format)
+    if not example.prompt:
+        schema.fail("'prompt' is missing", DEMONSTRATION)
+    return example
+
+
 def comparison(row: Row | str, format: FormatLike = None) -> Example:
     """A row with K >= 2 ranked responses (ties included)."""
     example = read(row, format)

@@ -8,8 +8,9 @@ position of a run is one number, whatever the number of processes.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -97,6 +98,16 @@ class Loader:
             spread = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
             order = order.shuffle(seed=spread)
         return order.repeat().batch(self.batch_size).map_with_index(gather)
+
+
+class Together(NamedTuple):
+    """Batch i of each loader, as a tuple; None for a loader that is None."""
+
+    loaders: tuple[Loader | None, ...]
+
+    def from_position(self, i: int) -> Iterator[tuple[Batch | None, ...]]:
+        """Tuples of batches i, i + 1, ... without end; see `Loader.from_position`."""
+        return zip(*(x.from_position(i) if x else itertools.repeat(None) for x in self.loaders))
 
 
 def expect(loader: Any, caller: str, *kinds: type) -> None:

@@ -63,6 +63,10 @@ class Prompts(NamedTuple):
     # a prompt drawn twice has two numbers. Its source is always
     # `examples.sources[index % len(examples)]`.
     index: Int[Array | np.ndarray, " B"]
+    # A right answer to each prompt, EOS included, padded on the right; None where none was read.
+    references: Int[Array | np.ndarray, "B R"] | None = None
+    reference_lengths: Int[Array | np.ndarray, " B"] | None = None  # 0 on padding rows
+    heat: Float[Array, " B"] | None = None  # what the temperature is multiplied by; None: nothing
 
 
 Batch = Demonstrations | Comparisons | Prompts
@@ -105,9 +109,10 @@ class ComparisonRow(NamedTuple):
 
 
 class PromptRow(NamedTuple):
-    """A prompt as tokens."""
+    """A prompt as tokens, and an answer to it with EOS."""
 
     ids: Int[np.ndarray, " P"]
+    reference: Int[np.ndarray, " R"] | None = None
 
 
 TokenRow = DemonstrationRow | ComparisonRow | PromptRow
@@ -120,6 +125,7 @@ class Shape(NamedTuple):
     pad_id: int
     responses: int = 1  # K of comparisons
     scored: bool = False  # whether comparisons have scores
+    reference: int = 0  # R, the longest reference of a prompt; 0 where there are none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,11 +257,22 @@ def comparison_shape(rows: Sequence[ComparisonRow], length: int, pad_id: int) ->
 def collate_prompts(
     rows: Sequence[PromptRow | None], index: Int[np.ndarray, " B"], shape: Shape
 ) -> Prompts:
-    """Pads prompts on the left and keeps their numbers."""
+    """Pads prompts on the left and references on the right, and keeps the prompts' numbers."""
     tokens = np.full((len(rows), shape.length), shape.pad_id, np.int32)
     attend = np.zeros((len(rows), shape.length), np.int32)
+    references = np.full((len(rows), shape.reference), shape.pad_id, np.int32)
+    lengths = np.zeros(len(rows), np.int32)
     for b, row in enumerate(rows):
-        if row is not None:
-            start = shape.length - len(row.ids)
-            tokens[b, start:], attend[b, start:] = row.ids, 1
-    return Prompts(tokens, attend, index.astype(np.int32))
+        if row is None:
+            continue
+        start = shape.length - len(row.ids)
+        tokens[b, start:], attend[b, start:] = row.ids, 1
+        if shape.reference:
+            lengths[b] = len(row.reference)
+            references[b, : lengths[b]] = row.reference
+    found = Prompts(tokens, attend, index.astype(np.int32))
+    return (
+        found._replace(references=references, reference_lengths=lengths)
+        if shape.reference
+        else found
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,13 +56,14 @@ def must_recompute(*models: Model) -> bool:
     return any(model.config.remat != "full" for model in models)
 
 
-@functools.partial(transformer.jit, static_argnames="start")
+@functools.partial(transformer.jit, static_argnames=("start", "entropy_gradient"))
 def token_logprobs(
     model: Model,
     hidden: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
     temperature: losses.Scalar = 1.0,
     start: int = 1,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """(log-probabilities, entropies) per token, nats, from hidden states; 0 before column `start`.
 
@@ -70,7 +72,9 @@ def token_logprobs(
     first = max(start, 1) - 1
     softcap = model.config.logit_softcap
     logprobs, entropy = shards.over_vocabulary(
-        functools.partial(losses.chunked_token_logprobs, softcap=softcap),
+        functools.partial(
+            losses.chunked_token_logprobs, softcap=softcap, entropy_gradient=entropy_gradient
+        ),
         hidden[:, first:],
         transformer.unembedding(model),
         tokens[:, first:],
@@ -100,3 +104,66 @@ def sequence_scores(
     steps = jnp.arange(tokens.shape[1])
     last = jnp.max(jnp.where(attend > 0, steps, 0), axis=1)
     return scalar(model, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+
+
+def over_logits(
+    fn: Callable,
+    models: tuple[Model, ...],
+    hiddens: tuple[Float[Array, "B T D"], ...],
+    tokens: Int[Array, "B T"],
+    start: int = 1,
+    chunk_bytes: int = 2**24,
+) -> Any:
+    """`fn(logits, tokens)` of the logits that predict each token, without a [B, T, V] array.
+
+    `fn` gets the logits of each model, [B, C, V] float32 with soft caps, and the tokens [B, C] of
+    some positions at a time, and returns a tree of [B, C]; the result is a tree of [B, T], aligned
+    to the tokens and 0 before column `start`. The backward pass computes the logits again. For what
+    `token_logprobs` does not give; unlike there each chunk gathers the head over a mesh.
+    """
+    first, batch = max(start, 1), tokens.shape[0]
+    length = tokens.shape[1] - first
+    width = max(model.config.vocab_size for model in models)
+    chunk = max(1, chunk_bytes // (4 * batch * width))
+    chunks = -(-length // chunk)
+    chunk = -(-length // chunks)
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(batch, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def of_chunk(arrays):
+        hiddens, tokens = arrays
+        logits = tuple(map(transformer.logits, models, hiddens))
+        return fn(tuple(x.astype(jnp.float32) for x in logits), tokens)
+
+    def joined(x):
+        x = x.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :length]
+        return jnp.pad(x, ((0, 0), (first, 0)))
+
+    hiddens = tuple(split(hidden[:, first - 1 : -1]) for hidden in hiddens)
+    return jax.tree.map(joined, jax.lax.map(of_chunk, (hiddens, split(tokens[:, first:]))))
+
+
+def token_kl(
+    model: Model,
+    reference: Model,
+    hidden: Float[Array, "B T D"],
+    ref_hidden: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    temperature: losses.Scalar = 1.0,
+    start: int = 1,
+) -> Float[Array, "B T"]:
+    """KL of the model's distribution of each token to the reference's, over the whole vocabulary.
+
+    Nats, [B, T]; 0 before column `start`. It has the gradient of the KL.
+    """
+
+    def of_chunk(logits, tokens):
+        del tokens
+        own, other = (jax.nn.log_softmax(x / temperature) for x in logits)
+        return jnp.sum(jnp.exp(own) * (own - other), axis=-1)
+
+    pair = (hidden, jax.lax.stop_gradient(ref_hidden))
+    return over_logits(of_chunk, (model, reference), pair, tokens, start)

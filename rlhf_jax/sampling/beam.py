@@ -57,7 +57,7 @@ class Hypotheses(NamedTuple):
     finished: Float[Array, "B n"]  # 1 where the hypothesis ends with EOS, not at its longest
 
 
-class _Search(NamedTuple):
+class Search(NamedTuple):
     """State of the search: running hypotheses, which share a length, and finished ones."""
 
     count: Int[Array, ""]  # tokens of the running ones
@@ -70,7 +70,7 @@ class _Search(NamedTuple):
     improvable: Bool[Array, " B"]  # whether a running hypothesis may still be returned
 
 
-def _pick(x: Array, index: Int[Array, "B n"]) -> Array:
+def pick(x: Array, index: Int[Array, "B n"]) -> Array:
     """x[b, index[b]], [B, m, ...] -> [B, n, ...]."""
     return jax.vmap(lambda row, i: row[i])(x, index)
 
@@ -94,19 +94,40 @@ def _best(
     return found, place // (parts * each), jnp.take_along_axis(tokens, place, axis=1)
 
 
-def _advance(search: _Search, logits: Float[Array, "M V"], beam: Beam, ends: Ends, process):
+def _advance(search: Search, logits: Float[Array, "M V"], beam: Beam, ends: Ends, process):
     """Extends every running hypothesis by its best tokens: the next state, cache reordered."""
-    batch, beams, longest = search.tokens.shape
-    logprobs = process(_log_softmax(logits), search).reshape(batch, beams, -1)
+    batch, beams, _ = search.tokens.shape
+    logprobs = process(log_softmax(logits), search.tokens, search.count)
+    found, parents = extend(search, logprobs.reshape(batch, beams, -1), beam, ends)
+    return found._replace(cache=reordered(search.cache, parents))
+
+
+def reordered(cache: decoding.Cache, parents: Int[Array, "B N"]) -> decoding.Cache:
+    """The cache whose row n of a prompt is what row `parents[n]` was."""
+
+    def moved(x):
+        return pick(x.reshape(*parents.shape, *x.shape[1:]), parents).reshape(x.shape)
+
+    return cache._replace(own=jax.tree.map(moved, cache.own))
+
+
+def extend(
+    search: Search, logprobs: Float[Array, "B N V"], beam: Beam, ends: Ends
+) -> tuple[Search, Int[Array, "B N"]]:
+    """Extends every running hypothesis by its best tokens: (the next state, what each continues).
+
+    The cache stays as it is.
+    """
+    _, beams, longest = search.tokens.shape
     kept = (1 + len(ends.eos_ids)) * beams  # so that `beams` of them do not end with EOS
     scores, parents, tokens = _best(logprobs + search.scores[:, :, None], kept)
     written = jnp.arange(longest) == search.count
-    rows = jnp.where(written, tokens[..., None], _pick(search.tokens, parents))
+    rows = jnp.where(written, tokens[..., None], pick(search.tokens, parents))
     count = search.count + 1
-    ended = jnp.isin(tokens, jnp.asarray(ends.eos_ids, jnp.int32)) | (count == longest)
+    ended = jnp.isin(tokens, jnp.asarray(ends.eos_ids, jnp.int32))
 
     # Only the best `beams` candidates may finish; the others are there to be continued.
-    finished = ended & (jnp.arange(kept) < beams)
+    finished = (ended | (count == longest)) & (jnp.arange(kept) < beams)
     full = jnp.all(search.done, axis=1) & (beam.early_stopping is True)
     may_finish = finished & (search.improvable & ~full)[:, None]
     lengths = count.astype(jnp.float32) ** beam.length_penalty
@@ -114,33 +135,28 @@ def _advance(search: _Search, logits: Float[Array, "M V"], beam: Beam, ends: End
     done_scores, place = jax.lax.top_k(
         jnp.concatenate([search.done_scores, penalised], axis=1), beams
     )
-    done = _pick(jnp.concatenate([search.done, may_finish], axis=1), place)
-    done_tokens = _pick(jnp.concatenate([search.done_tokens, rows], axis=1), place)
+    done = pick(jnp.concatenate([search.done, may_finish], axis=1), place)
+    done_tokens = pick(jnp.concatenate([search.done_tokens, rows], axis=1), place)
 
     running, place = jax.lax.top_k(jnp.where(ended, WORST, scores), beams)
-    parents = _pick(parents, place)
-
-    def reordered(x):
-        return _pick(x.reshape(batch, beams, *x.shape[1:]), parents).reshape(x.shape)
-
-    own = jax.tree.map(reordered, search.cache.own)
+    parents = pick(parents, place)
     reach = longest if beam.early_stopping == "never" else count
     reach = jnp.where(beam.length_penalty > 0, reach, count).astype(jnp.float32)
     hope = running[:, 0] / reach**beam.length_penalty
     worst = jnp.where(jnp.all(done, axis=1), jnp.min(done_scores, axis=1), WORST)
-    return _Search(
-        count,
-        search.cache._replace(own=own),
-        _pick(rows, place),
-        running,
-        done_tokens,
-        done_scores,
-        done,
-        search.improvable & (hope > worst),
+    found = search._replace(
+        count=count,
+        tokens=pick(rows, place),
+        scores=running,
+        done_tokens=done_tokens,
+        done_scores=done_scores,
+        done=done,
+        improvable=search.improvable & (hope > worst),
     )
+    return found, parents
 
 
-def _log_softmax(logits: Float[Array, "M V"]) -> Float[Array, "M V"]:
+def log_softmax(logits: Float[Array, "M V"]) -> Float[Array, "M V"]:
     """With sums that do not depend on the mesh."""
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     return shifted - jnp.log(filters.total(jnp.exp(shifted)))
@@ -164,53 +180,76 @@ def search(
     the best `beams` of the others run on. A hypothesis of `max_new_tokens` is finished too.
     Raises ValueError if there are fewer tokens than beams, or as `decode.sample` does.
     """
+    check(model, prompts, attend, beam, ends)
+    model = decoding.weights_for(model)
+    size = prompts.shape[1] + beam.max_new_tokens
+    hidden, cache = decoding.prefill(model, prompts, attend, size, beam.beams)
+    process = processing(prompts, attend, beam, processors)
+
+    def is_unfinished(search: Search):
+        return is_running(search, beam)
+
+    def advance(search: Search):
+        last = jax.lax.dynamic_index_in_dim(search.tokens, search.count - 1, 2, keepdims=False)
+        hidden, cache = decoding.decode(model, search.cache, last.reshape(-1))
+        logits = transformer.logits(model, hidden)
+        return _advance(search._replace(cache=cache), logits, beam, ends, process)
+
+    state = start(prompts.shape[0], beam.beams, beam, ends, cache)
+    logits = jnp.repeat(transformer.logits(model, hidden), beam.beams, axis=0)
+    state = jax.lax.while_loop(is_unfinished, advance, _advance(state, logits, beam, ends, process))
+    return returned(state.done_tokens, state.done_scores, beam, ends)
+
+
+def check(model: transformer.Model, prompts: Array, attend: Array, beam: Beam, ends: Ends) -> None:
+    """Raises ValueError if there are fewer tokens than beams, or as `decode.sample` does."""
     if beam.beams > model.config.vocab_size:
         raise ValueError(
             f"beams={beam.beams} must be at most the number of tokens, {model.config.vocab_size}: "
             "no more hypotheses can start"
         )
     decode.check_sampling(prompts, attend, ends)
-    batch, beams, longest = prompts.shape[0], beam.beams, beam.max_new_tokens
-    model = decoding.weights_for(model)
-    size = prompts.shape[1] + longest
-    hidden, cache = decoding.prefill(model, prompts, attend, size, beams)
-    repeated = tuple(jnp.repeat(x, beams, axis=0) for x in (prompts, attend))
 
-    def process(logprobs, search: _Search):
-        history = History(*repeated, search.tokens.reshape(-1, longest), search.count)
+
+def processing(prompts: Array, attend: Array, beam: Beam, processors: tuple[Processor, ...]):
+    """The processors as one function (log-probabilities [M, V], tokens [B, N, R], count)."""
+    repeated = tuple(jnp.repeat(x, beam.beams, axis=0) for x in (prompts, attend))
+
+    def process(logprobs, tokens, count):
+        history = History(*repeated, tokens.reshape(-1, beam.max_new_tokens), count)
         for processor in processors:
             logprobs = processor(logprobs, history)
         return logprobs
 
-    def is_unfinished(search: _Search):
-        full = jnp.all(search.done) & (beam.early_stopping is True)
-        return (search.count < longest) & jnp.any(search.improvable) & ~full
+    return process
 
-    def advance(search: _Search):
-        last = jax.lax.dynamic_index_in_dim(search.tokens, search.count - 1, 2, keepdims=False)
-        hidden, cache = decoding.decode(model, search.cache, last.reshape(-1))
-        logits = transformer.logits(model, hidden)
-        return _advance(search._replace(cache=cache), logits, beam, ends, process)
 
-    padding = jnp.full((batch, beams, longest), ends.pad_id, jnp.int32)
+def start(batch: int, beams: int, beam: Beam, ends: Ends, cache: Any) -> Search:
+    """The state before the first token, of `beams` hypotheses for each prompt."""
+    padding = jnp.full((batch, beams, beam.max_new_tokens), ends.pad_id, jnp.int32)
     nothing = jnp.full((batch, beams), WORST)
     first = nothing.at[:, 0].set(0.0)  # all beams are the prompt: the first alone is continued
     none, all_ = nothing > 0, jnp.ones(batch, bool)
-    state = _Search(jnp.int32(0), cache, padding, first, padding, nothing, none, all_)
-    logits = jnp.repeat(transformer.logits(model, hidden), beams, axis=0)
-    state = jax.lax.while_loop(is_unfinished, advance, _advance(state, logits, beam, ends, process))
-    return _returned(state, beam, ends)
+    return Search(jnp.int32(0), cache, padding, first, padding, nothing, none, all_)
 
 
-def _returned(search: _Search, beam: Beam, ends: Ends) -> Hypotheses:
-    """The best finished hypotheses; every search that stops has some."""
-    tokens = search.done_tokens[:, : beam.num_return]
+def is_running(search: Search, beam: Beam) -> Bool[Array, ""]:
+    """Whether the hypotheses of any prompt are still worth extending."""
+    full = jnp.all(search.done) & (beam.early_stopping is True)
+    return (search.count < beam.max_new_tokens) & jnp.any(search.improvable) & ~full
+
+
+def returned(
+    done_tokens: Int[Array, "B N R"], done_scores: Float[Array, "B N"], beam: Beam, ends: Ends
+) -> Hypotheses:
+    """The best of finished hypotheses that stand in the order of their scores."""
+    tokens = done_tokens[:, : beam.num_return]
     is_end = jnp.isin(tokens, jnp.asarray(ends.eos_ids, jnp.int32))
     finished = jnp.any(is_end, axis=2)
     lengths = jnp.where(finished, jnp.argmax(is_end, axis=2) + 1, tokens.shape[2])
     return Hypotheses(
         tokens,
-        search.done_scores[:, : beam.num_return],
+        done_scores[:, : beam.num_return],
         lengths.astype(jnp.int32),
         finished.astype(jnp.float32),
     )

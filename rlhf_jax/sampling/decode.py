@@ -43,6 +43,9 @@ class Samples(NamedTuple):
     filtered_logprobs: Float[Array, "B T"]  # of the distribution that was sampled
     lengths: Int[Array, " B"]  # number of sampled tokens
     finished: Float[Array, " B"]  # 1 if the row emitted EOS
+    given: Float[Array, " B"] | None = (
+        None  # 1 if the response was not drawn: `rollout.with_references`
+    )
 
 
 def row_keys(key: Key[Array, ""], index: Int[Array, " B"], sample: int | Array = 0) -> Array:
@@ -320,6 +323,17 @@ def _samples(prompts, attend, drawn: Drawn, ends: Ends) -> Samples:
     )
 
 
+def _rows_of_each(prompts: Array, keys: Array) -> int:
+    """How many responses a prompt has. Raises ValueError unless there is a key for each."""
+    rows, rest = divmod(keys.shape[0], prompts.shape[0])
+    if rest or not rows:
+        raise ValueError(
+            f"{keys.shape[0]} keys for {prompts.shape[0]} prompts; give one key for each response, "
+            "equally many for each prompt"
+        )
+    return rows
+
+
 def sample(
     model: transformer.Model,
     prompts: Int[Array, "B P"],
@@ -330,6 +344,7 @@ def sample(
     ends: Ends,
     choose: Choose = categorical,
     processors: tuple[Processor, ...] = (),
+    heat: Float[Array, " B"] | None = None,
 ) -> Samples:
     """Continues left-padded prompts until EOS, by at most `sampling.max_new_tokens` tokens.
 
@@ -339,17 +354,13 @@ def sample(
 
     A pure function, to be jitted (with `ends`, `choose` and `processors` static). The processors
     change the logits one after another, after the penalties and the temperature of `sampling` and
-    before its filters; then `choose` draws, except at temperature 0: see `draw`.
+    before its filters; then `choose` draws, except at temperature 0: see `draw`. `heat` multiplies
+    the temperature of each prompt's responses, but not that of the policy's log-probabilities.
     Raises ValueError if `pad_id` is an EOS id, if rows are too long for the model, if the prompts
     do not divide the keys, or, outside of jit, as `check_prompts` does.
     """
     check_sampling(prompts, attend, ends)
-    rows, rest = divmod(keys.shape[0], prompts.shape[0])
-    if rest or not rows:
-        raise ValueError(
-            f"{keys.shape[0]} keys for {prompts.shape[0]} prompts; give one key for each response, "
-            "equally many for each prompt"
-        )
+    rows = _rows_of_each(prompts, keys)
     model = decoding.weights_for(model)
     size = prompts.shape[1] + sampling.max_new_tokens
     hidden, cache = decoding.prefill(model, prompts, attend, size, rows)
@@ -364,6 +375,8 @@ def sample(
 
     def process(logits, tokens, count):
         history = History(prompts, attend, tokens, count)
+        if heat is not None:
+            logits = logits / jnp.repeat(heat, rows)[:, None]
         for processor in processors:
             logits = processor(logits, history)
         return logits

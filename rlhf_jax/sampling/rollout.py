@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from rlhf_jax import losses, shards
-from rlhf_jax.data.batches import Prompts
+from rlhf_jax.data.batches import Demonstrations, Prompts
 from rlhf_jax.data.records import Ends
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import heads, transformer
@@ -61,6 +62,8 @@ class Rollout(NamedTuple):
     lengths: Int[Array, " B"]  # sampled tokens
     finished: Float[Array, " B"]  # 1 where the response ended with EOS
     index: Int[Array, " B"]  # number of the prompt, see `Prompts`
+    given: Float[Array, " B"] | None = None  # 1 where the response is a reference, not a sample
+    pretraining: Demonstrations | None = None  # the text of this iteration that a run mixes in
 
 
 class Outputs(NamedTuple):
@@ -72,12 +75,19 @@ class Outputs(NamedTuple):
 
 
 def forward(
-    params: dict, tokens: Array, attend: Array, *, sampling: Sampling, micro_batches: int = 1
+    params: dict,
+    tokens: Array,
+    attend: Array,
+    *,
+    sampling: Sampling,
+    micro_batches: int = 1,
+    entropy_gradient: bool = False,
 ) -> Outputs:
     """Log-probabilities, values and entropies from one pass over whole rows [B, T].
 
     Values come from `params["critic"]`, or from the policy's own scalar head where it has one.
-    Log-probabilities and entropies are 0 before the response.
+    Log-probabilities and entropies are 0 before the response. Entropies carry a gradient only with
+    `entropy_gradient`.
     """
     policy = params["policy"]
     start = tokens.shape[1] - sampling.max_new_tokens
@@ -85,7 +95,7 @@ def forward(
     def of_rows(tokens, attend):
         hidden = transformer.hidden_states(policy, tokens, attend)
         logprobs, entropy = heads.token_logprobs(
-            policy, hidden, tokens, sampling.temperature, start
+            policy, hidden, tokens, sampling.temperature, start, entropy_gradient
         )
         critic = params.get("critic", policy)
         if "score" not in critic.weights:
@@ -124,8 +134,50 @@ def sample(
         ends=drawing.ends,
         choose=drawing.choose,
         processors=drawing.processors,
+        heat=prompts.heat,
     )
     return shards.constrain_rows(samples), index
+
+
+def with_references(samples: Samples, prompts: Prompts, ends: Ends, every: int) -> Samples:
+    """The samples [M] of `prompts` [B], but in every `every`-th row the prompt's reference.
+
+    The log-probabilities of these rows are 0 until `judge` fills them in.
+    Raises ValueError if there are no references, or longer ones than the longest sample.
+    """
+    width = prompts.tokens.shape[1]
+    longest = samples.tokens.shape[1] - width
+    if prompts.references is None:
+        raise ValueError("the prompts have no references; read them with max_reference=")
+    missing = longest - prompts.references.shape[1]
+    if missing < 0:
+        raise ValueError(
+            f"references of {prompts.references.shape[1]} tokens are longer than responses, "
+            f"max_new_tokens={longest}; read them with max_reference={longest}"
+        )
+    references = jnp.pad(prompts.references, ((0, 0), (0, missing)), constant_values=ends.pad_id)
+    rows = samples.tokens.shape[0] // prompts.tokens.shape[0]
+    references, lengths = (
+        jnp.repeat(x, rows, axis=0) for x in (references, prompts.reference_lengths)
+    )
+    is_given = jnp.arange(samples.tokens.shape[0]) % every == 0
+    active = jnp.arange(longest) < lengths[:, None]
+
+    def put(whole, response):
+        replaced = jnp.concatenate([whole[:, :width], response.astype(whole.dtype)], axis=1)
+        return jnp.where(is_given[:, None], replaced, whole)
+
+    nothing = jnp.zeros(active.shape)
+    return Samples(
+        tokens=put(samples.tokens, references),
+        attend=put(samples.attend, active),
+        mask=put(samples.mask, active),
+        logprobs=put(samples.logprobs, nothing),
+        filtered_logprobs=put(samples.filtered_logprobs, nothing),
+        lengths=jnp.where(is_given, lengths, samples.lengths),
+        finished=jnp.where(is_given, 1.0, samples.finished),
+        given=is_given.astype(jnp.float32),
+    )
 
 
 def judge(
@@ -142,7 +194,8 @@ def judge(
     `params` holds "policy", "reference", "scorer" (the reward's parameters) and perhaps "critic".
     Without `score` the scores are 0, to be filled in by a reward on the host. In float32 the
     sampler's own log-probabilities are the old ones. In bfloat16 decoding with the cache and a pass
-    over whole rows round differently, so the old ones come from that pass, as the loss's do.
+    over whole rows round differently, so the old ones come from that pass, as the loss's do. Those
+    of references always do.
     Raises ValueError if the reward does not return one number per response.
     """
     rows = (samples.tokens, samples.attend, samples.mask)
@@ -150,6 +203,12 @@ def judge(
     outputs = forward(params, *rows[:2], sampling=sampling, micro_batches=micro)
     forward_logprobs = outputs.logprobs * samples.mask
     exact = policy.config.dtype == "float32"
+
+    def of_sampler(logprobs):
+        if samples.given is None:
+            return logprobs
+        return jnp.where(samples.given[:, None] > 0, forward_logprobs, logprobs)
+
     reference = {"policy": params["reference"]}
     ref = forward(reference, *rows[:2], sampling=sampling, micro_batches=micro)
     scores = jnp.zeros(rows[0].shape[0])
@@ -161,9 +220,9 @@ def judge(
         scores = heads.map_rows(of_rows, micro, *rows)
     return Rollout(
         *rows,
-        old_logprobs=samples.logprobs if exact else forward_logprobs,
-        sampler_logprobs=samples.logprobs,
-        filtered_logprobs=samples.filtered_logprobs,
+        old_logprobs=of_sampler(samples.logprobs) if exact else forward_logprobs,
+        sampler_logprobs=of_sampler(samples.logprobs),
+        filtered_logprobs=of_sampler(samples.filtered_logprobs),
         forward_logprobs=forward_logprobs,
         ref_logprobs=ref.logprobs * samples.mask,
         entropy=outputs.entropy,
@@ -172,7 +231,15 @@ def judge(
         lengths=samples.lengths,
         finished=samples.finished,
         index=index,
+        given=samples.given,
     )
+
+
+def drawn(rollout: Rollout, every: int) -> Rollout:
+    """The responses without every `every`-th one, from the first on: what was drawn at random."""
+    rows = np.arange(rollout.scores.shape[0])
+    responses = rollout._replace(pretraining=None)
+    return jax.tree.map(lambda x: x[rows[rows % every > 0]], responses)
 
 
 def check_scores(reward: Callable, scores: Any, count: int) -> Any:

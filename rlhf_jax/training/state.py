@@ -196,6 +196,32 @@ def raise_if_bad(step: int, metrics: dict[str, float]) -> None:
         )
 
 
+class Queue(NamedTuple):
+    """The last Q numbers, in a ring."""
+
+    values: Float[Array, " Q"]
+    count: Int[Array, ""]  # numbers pushed so far
+
+    @classmethod
+    def empty(cls, size: int) -> Queue:
+        return cls(jnp.zeros(size), jnp.int32(0))
+
+    def push(self, x: Float[Array, " B"], kept: Float[Array, " B"] | None = None) -> Queue:
+        """The queue with the numbers at its end, in their order; only those where `kept` is 1."""
+        size = self.values.shape[0]
+        kept = jnp.ones(x.shape) if kept is None else kept
+        number, total = jnp.cumsum(kept) - 1, jnp.sum(kept)  # of each among those that are kept
+        is_new = (kept > 0) & (number >= total - size)
+        places = jnp.where(is_new, (self.count + number) % size, size).astype(jnp.int32)
+        values = self.values.at[places].set(x, mode="drop")
+        return Queue(values, self.count + total.astype(jnp.int32))
+
+    @property
+    def held(self) -> Float[Array, " Q"]:
+        """1 where there is a number."""
+        return (jnp.arange(self.values.shape[0]) < self.count).astype(jnp.float32)
+
+
 class RunningMoments(NamedTuple):
     """Count, mean and sum of squared deviations of all scores so far (Welford, Chan et al.)."""
 

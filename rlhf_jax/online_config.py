@@ -1,0 +1,123 @@
+"""The settings that every online run has."""
+
+from __future__ import annotations
+
+from rlhf_jax import config, on_policy
+from rlhf_jax.config import Count, Positive, Share, Whole
+from rlhf_jax.sampling.settings import Sampling
+from rlhf_jax.training import state as training
+
+
+class Config(config.Config):
+    """Settings of every online run."""
+
+    num_iterations: Count = 100
+    batch_size: Count = 64  # prompts per iteration
+    samples_per_prompt: Count = 1  # responses to each prompt
+    num_epochs: Count = 4  # passes over the responses of an iteration
+    num_minibatches: Count = 1  # updates per pass
+    micro_batches: Count = 1  # slices of a forward pass, to save memory; the loss is the same
+    sampling: Sampling = Sampling()
+    policy_optimizer: training.OptimizerConfig = training.OptimizerConfig(learning_rate=3e-5)
+    max_sampler_gap: Positive = 0.05  # mean |sampler - loss| log-probability in bfloat16, nats
+    # Where filters, penalties or processors make the sampler another distribution than the policy.
+    off_policy: on_policy.Correction = "refuse"
+    max_weight: Positive = 2.0  # of policy / sampler, with off_policy="weight"
+    # The policy that is evaluated and returned is the exponential average of the policies after
+    # each iteration, with this decay. None: the last one.
+    ema_decay: Share | None = None
+    reward_timeout: Positive | None = None  # seconds a reward in Python may take per iteration
+    save_every: Count = 25  # iterations between checkpoints
+    eval_every: Whole = 0  # iterations between evaluations; 0 is never
+    seed: Whole = 0
+
+    def check(self) -> None:
+        """Raises ValueError for sizes that do not divide each other and for greedy sampling."""
+        responses, parts = self.num_responses, self.num_minibatches
+        if responses % parts:
+            raise ValueError(
+                f"{responses} responses per iteration (batch_size * samples_per_prompt) are not a "
+                f"multiple of num_minibatches={parts}"
+            )
+        if responses // parts % self.micro_batches:
+            raise ValueError(
+                f"a minibatch of {responses // parts} responses is not a multiple of "
+                f"micro_batches={self.micro_batches}"
+            )
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature=0 is greedy: nothing would be explored")
+
+    @property
+    def num_responses(self) -> int:
+        """Responses per iteration."""
+        return self.batch_size * self.samples_per_prompt
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.num_iterations * self.num_epochs * self.num_minibatches
+
+    def row_counts(self) -> dict[str, int]:
+        """The numbers of rows that must divide over a mesh: responses, not prompts.
+
+        Micro-batches too: with fewer rows than devices they save no memory and cost more time.
+        """
+        name = "batch_size" if self.samples_per_prompt == 1 else "batch_size * samples_per_prompt"
+        minibatch = self.num_responses // self.num_minibatches
+        return {
+            name: self.num_responses,
+            "minibatch_size": minibatch,
+            "minibatch_size / micro_batches": minibatch // self.micro_batches,
+        }
+
+    def optimizers(self) -> dict[str, training.OptimizerConfig]:
+        """The optimizer of each network that may be trained."""
+        return {"policy": self.policy_optimizer}
+
+
+class GroupConfig(Config):
+    """Settings of an algorithm that compares the responses to a prompt.
+
+    Its batches have a leading axis of groups, the K responses to each prompt, and a minibatch is a
+    random part of the groups.
+    """
+
+    @property
+    def num_groups(self) -> int:
+        """Groups per iteration that are trained on."""
+        return self.batch_size
+
+    @property
+    def rows_per_minibatch(self) -> int:
+        """Responses that one update reads."""
+        return self.num_groups // self.num_minibatches * self.samples_per_prompt
+
+    def check(self) -> None:
+        """Raises ValueError for groups of one response, or for sizes that do not divide."""
+        super().check()
+        if self.samples_per_prompt < 2:
+            raise ValueError(
+                f"samples_per_prompt={self.samples_per_prompt} must be at least 2: the responses "
+                "to a prompt are compared"
+            )
+        if self.num_groups % self.num_minibatches:
+            raise ValueError(
+                f"{self.num_groups} groups per iteration, which stay together, are not a multiple "
+                f"of num_minibatches={self.num_minibatches}"
+            )
+        if self.rows_per_minibatch % self.micro_batches:
+            raise ValueError(
+                f"a minibatch of {self.rows_per_minibatch} responses is not a multiple of "
+                f"micro_batches={self.micro_batches}"
+            )
+
+    def row_counts(self) -> dict[str, int]:
+        """The numbers of rows that must divide over a mesh: responses that are sampled, and groups.
+
+        Micro-batches too: with fewer rows than devices they save no memory and cost more time.
+        """
+        return {
+            "batch_size * samples_per_prompt": self.num_responses,
+            "groups per minibatch": self.num_groups // self.num_minibatches,
+            "minibatch_size / micro_batches": self.rows_per_minibatch // self.micro_batches,
+        }
