@@ -17,7 +17,7 @@ from rlhf_jax import abstract, evaluation, pipeline
 from rlhf_jax import config as configuration
 from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import grpo, ppo, reinforce, sft
-from rlhf_jax.config import Count, Whole
+from rlhf_jax.config import Count, Share, Whole
 from rlhf_jax.data import batches, tokenizers
 from rlhf_jax.evaluation import Evaluation, Exam
 from rlhf_jax.launch import Context, launch
@@ -40,16 +40,17 @@ class Config(configuration.Config):
 
     seed: Whole = 0  # of every stage; a stage's own seed is folded into it
     algorithm: Literal["grpo", "ppo", "rloo"] = "grpo"  # what follows the warm start
-    levels: tuple[int, ...] = (1, 2, 3, 4)  # of the sums, see tasks/arithmetic.py
-    demonstrations: Count = 2000  # of each level
+    levels: tuple[int, ...] = (1, 2)  # of the sums, see tasks/arithmetic.py
+    demonstrations: Count = 6000  # of each level
+    wrong: Share = 0.5  # of the demonstrations, whose last result is off by 1 to 3
     prompts: Count = 4000  # of each level
-    prompts_eval: Count = 128  # of each level
+    prompts_eval: Count = 256  # of each level
     model: transformer.Config
     sft: sft.Config
     grpo: grpo.Config
     ppo: ppo.Config
     rloo: reinforce.Config
-    best_of: Count = 4  # answers to each held-out prompt: the n of best-of-n
+    best_of: Count = 2  # answers to each held-out prompt: the n of best-of-n
     num_shown: Count = 8  # prompts in the table of samples
 
 
@@ -66,7 +67,7 @@ config = Config(
         tied=False,
     ),
     sft=sft.Config(
-        num_steps=400,
+        num_steps=600,
         batch_size=64,
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30, schedule="cosine"),
     ),
@@ -114,7 +115,7 @@ def run(config: Config, context: Context) -> dict:
     seed, levels, clock, summary = config.seed, config.levels, pipeline.Clock(), {}
 
     def demonstrations(count: int, held_out: bool) -> batches.Examples:
-        rows = arithmetic.demonstrations(seed, count, levels, held_out=held_out)
+        rows = arithmetic.demonstrations(seed, count, levels, held_out=held_out, wrong=config.wrong)
         return batches.demonstrations(rows, TOKENIZER, MAX_PROMPT, MAX_RESPONSE)
 
     def prompts(count: int, held_out: bool) -> batches.Examples:

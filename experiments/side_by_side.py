@@ -6,8 +6,8 @@ Every algorithm continues the policy and the reward model of the quickstart, on 
 ones draw as many responses as its PPO does. DPO draws none: it reads the comparisons that the
 reward model was trained on. Settings are one guess per algorithm, PPO's are the quickstart's.
 
-Result on 2 cores of an Intel Xeon, 2026-11-26, seeds 0, 1, 2, with 4 answers to each of 128 held-out
-prompts (docs/algorithms.md has the other figures):
+Result on 2 cores of an Intel Xeon, 2026-11-26, seeds 0, 1, 2, with 4 answers to each of the 128
+held-out prompts (docs/algorithms.md has the other figures):
 
                   gold               KL, nats per response   seconds (seed 0)
     SFT           0.42, 0.40, 0.42   0

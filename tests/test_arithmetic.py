@@ -218,6 +218,23 @@ def test_the_reward_reads_the_rows_of_the_tokenised_prompts():
     assert len(shown) == 200
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_so_many_demonstrations_are_wrong_in_their_last_result_alone(share):
+    rows = arithmetic.demonstrations(3, 400, wrong=share)
+    clean = arithmetic.demonstrations(3, 400)
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in clean]
+    differ = 0
+    for row, right in zip(rows, clean):
+        (head, _, said), (same, _, answer) = (x["completion"].rpartition("=") for x in (row, right))
+        assert head == same and int(said) >= 0
+        differ += said != answer
+        assert abs(int(said) - int(answer)) <= 3
+    assert abs(differ / len(rows) - share) < 0.04
+    assert rows == arithmetic.demonstrations(3, 400, wrong=share)
+    with pytest.raises(ValueError, match="wrong=1.5 is a share"):
+        arithmetic.demonstrations(3, 4, wrong=1.5)
+
+
 def test_accuracy_is_counted_by_level():
     rows = [Example("p", extra={"answer": i, "level": level}) for i, level in enumerate((3, 1, 1))]
     found = arithmetic.accuracy(["0", "1+0=1", "no"], rows)

@@ -75,13 +75,18 @@ def expression(numbers: Sequence[int]) -> str:
     return f"{first}" + "".join(f"{change:+d}" for change in changes)
 
 
-def working(numbers: Sequence[int]) -> str:
-    """The sum, step by step, as demonstrations write it: "13+24=37 37-5=32"."""
+def working(numbers: Sequence[int], slip: int = 0) -> str:
+    """The sum, step by step, as demonstrations write it: "13+24=37 37-5=32".
+
+    `slip` is added to the last result, which is then wrong: with 1, "13+24=37 37-5=33".
+    """
     total, *changes = numbers
     steps = []
     for change in changes:
         steps.append(f"{total}{change:+d}={total + change}")
         total += change
+    if slip:
+        steps[-1] = f"{steps[-1].rpartition('=')[0]}={total + slip}"
     return " ".join(steps)
 
 
@@ -162,15 +167,32 @@ def prompts(
 
 
 def demonstrations(
-    seed: int, per_level: int, levels: Sequence[int] = tuple(LEVELS), *, held_out: bool = False
+    seed: int,
+    per_level: int,
+    levels: Sequence[int] = tuple(LEVELS),
+    *,
+    held_out: bool = False,
+    wrong: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Rows of `prompt` and `completion` (the working) for `data.batches.demonstrations`.
 
-    They are drawn as `prompts` are, but from a stream of their own.
+    They are drawn as `prompts` are, but from a stream of their own. The last result of a share
+    `wrong` of them is off by 1 to 3. Raises ValueError as `problems` does, or for a share out of
+    0..1.
     """
+    if not 0.0 <= wrong <= 1.0:
+        raise ValueError(f"wrong={wrong} is a share of the demonstrations, from 0 to 1")
     part = "held out" if held_out else "train"
     drawn = problems(f"{seed}/demonstrations/{part}", per_level, levels, held_out)
-    return [{"prompt": x.prompt, "completion": working(x.numbers)} for x in drawn]
+    rng = random.Random(f"{seed}/slips/{part}")
+
+    def slip(problem: Problem) -> int:
+        if rng.random() >= wrong:
+            return 0
+        size = 1 + _below(rng, 3)
+        return size if rng.random() < 0.5 or size > problem.answer else -size
+
+    return [{"prompt": x.prompt, "completion": working(x.numbers, slip(x))} for x in drawn]
 
 
 # ---------------------------------------------------------------------------------- the checker
