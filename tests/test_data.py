@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 
+import jax
 import jaxtyping
 import numpy as np
 import pytest
@@ -658,7 +659,8 @@ def test_prompts_are_padded_on_the_left_and_numbered():
     assert batch.tokens.tolist() == [[PAD, 5, *b"ab"], [PAD, PAD, 5, *b"c"]]
     assert batch.attend.tolist() == [[0, 1, 1, 1], [0, 0, 1, 1]]
     assert batch.index.tolist() == [0, 1]
-    assert [field.dtype for field in batch] == [np.int32] * 3
+    assert [field.dtype for field in batch[:3]] == [np.int32] * 3
+    assert batch[3:] == (None, None, None)  # no references
 
 
 def test_the_prompt_part_of_a_demonstration_is_what_the_sampler_is_fed(real_data):
@@ -755,10 +757,14 @@ def test_processes_read_their_places_of_the_same_global_batch(hosts):
     iterators = [part.from_position(1) for part in parts]
     for i in (1, 2, 3):
         whole = loader.batch(i)
-        for field, *pieces in zip(whole, *(part.batch(i) for part in parts)):
-            np.testing.assert_array_equal(np.concatenate(pieces), field[order])
-        for field, *pieces in zip(whole, *(next(iterator) for iterator in iterators)):
-            np.testing.assert_array_equal(np.concatenate(pieces), field[order])
+        for read in ([part.batch(i) for part in parts], list(map(next, iterators))):
+            jax.tree.map(
+                lambda field, *pieces: np.testing.assert_array_equal(
+                    np.concatenate(pieces), field[order]
+                ),
+                whole,
+                *read,
+            )
 
 
 def test_a_prompt_drawn_twice_in_a_batch_has_two_numbers():
@@ -775,7 +781,7 @@ def test_the_row_of_a_prompt_is_found_by_its_number_with_all_its_fields():
     rows = [{"prompt": f"{i} + 1 =", "answer": i + 1, "tags": [i]} for i in range(3)]
     examples = batches.prompts(rows, BYTES, max_prompt=8)
     batch = Loader(examples, 8, seed=0).batch(1)
-    for tokens, attend, index in zip(*batch):
+    for tokens, attend, index in zip(batch.tokens, batch.attend, batch.index):
         source = examples.sources[index % len(examples)]
         assert bytes(tokens[attend > 0].astype(np.uint8)).decode() == source.prompt
         number = int(source.prompt[0])
