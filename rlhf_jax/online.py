@@ -311,15 +311,15 @@ def returned(config: Config, state: State) -> training.TrainState:
 class Programs(NamedTuple):
     """The compiled programs of an iteration; each takes the configuration first.
 
-    prepare(config, memory, prompts), None where an algorithm has none,
     sample(config, params, iteration, prompts), judge(config, params, samples, index),
-    update(config, state, frozen, rollout), which donates the state.
+    update(config, state, frozen, rollout), which donates the state, and
+    prepare(config, memory, prompts), None where an algorithm has none.
     """
 
-    prepare: Callable | None
     sample: Callable
     judge: Callable
     update: Callable
+    prepare: Callable | None
 
 
 def compile_programs(
@@ -336,7 +336,7 @@ def compile_programs(
         algorithm.prepare, (), in_shardings=(replicated, replicated, rows), out_shardings=rows
     )
     return Programs(
-        prepare,
+        prepare=prepare,
         sample=loop.compiled(
             sample,
             (drawing,),

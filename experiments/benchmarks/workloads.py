@@ -243,7 +243,7 @@ def _online(config, mesh, policy, settings, algorithm, networks, reward, work) -
     score, scorer = reward
     frozen = sharding.place(mesh, {"reference": policy, "scorer": scorer})
     state = sharding.initialise(mesh, online.init_state, settings, algorithm.memory, networks)
-    sample, judge, update = online.compile_programs(
+    sample, judge, update, _ = online.compile_programs(
         algorithm, Drawing(_ends(config)), score, mesh, state, frozen
     )
     prompts = _prompts(config, mesh)
