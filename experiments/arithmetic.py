@@ -2,10 +2,24 @@
 
     python experiments/arithmetic.py --algorithm grpo
 
-Claim, not measured yet: a small language model that a short warm start on demonstrations has left
-wrong more often than not learns to calculate from a reward of 1 for the right answer and 0 for any
-other. Nothing is downloaded (`rlhf_jax.tasks.arithmetic` makes the task), no reward model is
-trained, and the answers are to held-out sums, which occur in no training prompt.
+Claim: a small language model that imitates demonstrations of which half are wrong learns to be
+right from a reward of 1 for the right answer and 0 for any other. Nothing is downloaded
+(`rlhf_jax.tasks.arithmetic` makes the task), no reward model is trained, and the answers are to
+held-out sums, which occur in no training prompt.
+
+Result on 2 cores of an Intel Xeon, 2026-11-26, seed 0: share of right answers to 512 held-out
+prompts of level 2 after 60 iterations of 256 responses.
+
+                   sampled          most likely answer   KL, nats per response
+    GRPO           0.29 -> 0.74     0.67 -> 0.79         1.0
+    RLOO           0.29 -> 0.71     0.67 -> 0.78         1.0
+    PPO            0.29 -> 0.77     0.67 -> 0.82         1.0
+
+Most of it is that the policy stops imitating the mistakes: its most likely answers were right twice
+as often as what it sampled. What it cannot calculate after the warm start it hardly learns. With
+all four levels and right demonstrations GRPO (at three times the updates, without a warm-up of
+Adam) raised the share of right answers to training prompts from 0.13 to 0.31, while that to
+held-out ones fell from 0.17 to 0.12: at level 1 there are only 126 sums, which it memorises.
 """
 
 from __future__ import annotations
