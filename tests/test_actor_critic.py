@@ -14,6 +14,8 @@ from rlhf_jax.algorithms import actor_critic, ppo, reward_model
 from rlhf_jax.models import heads, transformer
 from rlhf_jax.sampling import Drawing
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
 SETTINGS = {
     "num_iterations": 2,
     "batch_size": 16,

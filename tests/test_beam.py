@@ -223,7 +223,7 @@ def test_processors_see_the_hypothesis_that_they_change():
         ({"beams": 6}, "beams=6 must be at most the number of tokens, 5"),
         ({"beams": 2, "num_return": 3}, "num_return=3 must be at most beams=2"),
         ({"beams": 0}, "beams=0 must be"),
-        ({"early_stopping": 1}, 'early_stopping=1 must be True, False or "never"'),
+        ({"early_stopping": 1}, "early_stopping=1 must be one of True, False, 'never'"),
         ({"length_penalty": float("nan")}, "length_penalty=nan must be"),
         ({"length_penalty": float("inf")}, "length_penalty=inf must be"),
         ({"early_stopping": "always"}, "early_stopping='always' must be"),

@@ -13,6 +13,8 @@ from rlhf_jax.models import transformer
 from rlhf_jax.sampling import beam as beams
 from rlhf_jax.sampling import diverse
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
 ENDS = tiny.TOKENIZER.ends
 SIZE = 12  # ids that may be drawn; id 11 ends
 END = 11

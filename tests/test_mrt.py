@@ -14,6 +14,8 @@ from rlhf_jax.data import batches
 from rlhf_jax.data.records import Prompts
 from rlhf_jax.sampling import Sampling
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
 CONFIG = mrt.Config(batch_size=1, samples_per_prompt=4, sampling=enumeration.SAMPLING, alpha=0.3)
 
 
@@ -237,6 +239,7 @@ def test_a_run_is_the_same_on_a_mesh_of_eight():
             np.testing.assert_allclose(one[name], two[name], rtol=2e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_score_rises():
     config = dataclasses.replace(TINY, num_iterations=30, batch_size=8, samples_per_prompt=8)
     _, history = run(config)

@@ -38,10 +38,6 @@ class Beam(config.Config):
 
     def check(self) -> None:
         """Raises ValueError for more hypotheses than are kept, and numbers that are none."""
-        if self.early_stopping not in (True, False, "never") or type(self.early_stopping) is int:
-            raise ValueError(
-                f'early_stopping={self.early_stopping!r} must be True, False or "never"'
-            )
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty={self.length_penalty} must be a finite number")
         if self.num_return > self.beams:
