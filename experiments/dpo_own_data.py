@@ -16,7 +16,13 @@ text: DPO often lowers the probability of chosen responses too (`logps/chosen` i
 Another loss is another `loss_fn` in `run` below, such as `dpo.ipo_loss`; with `dpo.simpo_loss`
 beside `reference_free=True`, the reference given to `dpo.evaluate` is None.
 
-Result: not measured yet.
+Result on 2 cores of an Intel Xeon, 2026-11-26: a Llama of 260,000 parameters that tells stories
+(stories260K), with the plain template, on the pairs of HH-RLHF harmless that fit its 512 tokens:
+343 to train on, 60 steps at a learning rate of 3e-4 (1.4 minutes). On 31 held-out pairs the
+implicit reward is right in 67.7 % [50.1, 81.4], always preferring the shorter response in 61.3 %,
+the log-probability per token in 54.8 % before and 58.1 % after; every training pair is ranked
+right, and the held-out loss is 0.698, above the 0.693 of not choosing. So the path works, and a
+model that knows nothing but stories learns these pairs by heart.
 """
 
 from __future__ import annotations
