@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import tiny
 
-from rlhf_jax.algorithms import best_of_n, grpo, online_dpo, reinforce, reward_model
+from rlhf_jax.algorithms import best_of_n, esrl, grpo, mrt, online_dpo, reinforce, reward_model
 from rlhf_jax.models import lora
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.training.state import TrainingStopped
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
-MODULES = (best_of_n, grpo, online_dpo, reinforce)
+MODULES = (best_of_n, esrl, grpo, mrt, online_dpo, reinforce)
 every_algorithm = pytest.mark.parametrize("module", MODULES, ids=lambda x: x.__name__[20:])
 
 
@@ -115,13 +115,13 @@ def test_make_batch_must_return_three_things(module):
         run(module, make_batch=lambda config, params, memory, rollout: {})
 
 
-@pytest.mark.parametrize("module", [best_of_n, online_dpo])
+@pytest.mark.parametrize("module", [best_of_n, mrt, online_dpo])
 def test_weights_are_refused_where_nothing_would_use_them(module):
     with pytest.raises(ValueError, match="is right for any sampler and has no weights"):
         run(module, changes={"off_policy": "weight"})
 
 
-@pytest.mark.parametrize("module", [grpo, reinforce])
+@pytest.mark.parametrize("module", [esrl, grpo, reinforce])
 def test_weights_of_a_filtered_sampler_are_reported(module):
     filtered = Sampling(max_new_tokens=6, top_p=0.5)
     with pytest.raises(ValueError, match="sampling.top_p=0.5 makes the sampler another"):
