@@ -174,7 +174,9 @@ def online(
 
 
 def _gold(task: Task, rollout: Rollout) -> dict[str, float]:
-    pairs = zip(*rollouts.texts(task.tokenizer, rollout))
+    pairs = list(zip(*rollouts.texts(task.tokenizer, rollout)))
+    if rollout.given is not None:
+        pairs = [pair for pair, given in zip(pairs, rollout.given) if not given]
     return {"objective/gold": float(np.mean([task.gold(*pair) for pair in pairs]))}
 
 

@@ -241,14 +241,14 @@ def test_references_are_not_pushed():
         rewards = start + jnp.arange(8.0)
         queue = queue.push(rewards, drawn)
         deque.extend(np.asarray(rewards)[np.asarray(drawn) > 0].tolist())
-        assert int(queue.count) == (6 if start == 0 else 12)
+        assert int(queue.count) == (6 if start == 0 else 7)  # 12, less what 5 divides
         kept = np.sort(np.asarray(queue.values))
         np.testing.assert_array_equal(kept, np.sort(deque))
 
 
 def test_a_constant_reward_gives_no_gradient():
     config = dataclasses.replace(TINY, kl_coef=0.0)
-    batch, _, _ = batch_of(config, given=rollout()._replace(scores=jnp.full(32, 3.0)))
+    batch, _, _ = batch_of(config, given=rollout()._replace(scores=jnp.full(32, 100.3)))
     np.testing.assert_allclose(batch.advantages, 0.0, atol=1e-5)
 
 
@@ -347,11 +347,25 @@ def test_the_score_rises():
     assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 0.1
 
 
+def test_references_that_would_take_every_place_are_refused():
+    rows = [{"prompt": word, "completion": word[::-1]} for word in tiny.WORDS]
+    loader = batches.Loader(batches.prompts(rows, tiny.TOKENIZER, 4, max_reference=6), 8)
+    with pytest.raises(ValueError, match="mle_share=0.0 is the weight .* the prompts have some"):
+        run(prompts=loader)
+    config = dataclasses.replace(TINY, mle_share=0.5, train_responses=8)
+    with pytest.raises(ValueError, match="train_responses=8 must be above the 8 references"):
+        run(config, prompts=loader)
+    with pytest.raises(ValueError, match="esrl.run takes a Loader of prompts, got list"):
+        run(prompts=[1, 2])
+
+
 def test_settings_that_do_not_fit_are_refused():
     make = functools.partial(esrl.Config, batch_size=8, samples_per_prompt=4)
     with pytest.raises(ValueError, match="min_samples=5 must be at most samples_per_prompt=4"):
         make(min_samples=5)
     with pytest.raises(ValueError, match="train_responses=33 must be at most the 32"):
         make(train_responses=33)
+    with pytest.raises(ValueError, match="= 4 updates per iteration, .* use one update"):
+        make(num_epochs=4)
     with pytest.raises(ValueError, match="train_responses=30 do not divide"):
         make(train_responses=30, num_minibatches=4)

@@ -411,3 +411,13 @@ def test_nothing_is_left_to_do():
         for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
         if re.search(r"\b(TODO|FIXME|XXX|HACK)\b", line)
     ]
+
+
+def test_the_table_of_algorithms_has_the_lines_of_their_files():
+    table = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    found = re.findall(r"\| `algorithms/(\w+)\.py` \| (\d+) \|", table)
+    files = [name for name in FILES if name.startswith("algorithms/") and "__init__" not in name]
+    assert {f"algorithms/{name}.py" for name, _ in found} == set(files)
+    for name, lines in found:
+        text = FILES[f"algorithms/{name}.py"].read_text(encoding="utf-8")
+        assert len(text.splitlines()) == int(lines), name

@@ -20,7 +20,9 @@ design: C from exact entropies or from rewards, in [0, 1]; the rules for k and t
 code lacks; arrays whose shapes do not depend on k, so the samples that a prompt does not get are
 drawn, but cost no update. They are not counted as consumed.
 
-Where tau < 1 the sampler is not the policy: see `off_policy`.
+Where tau < 1 the sampler is not the policy: `off_policy="weight"` weights each response, as in
+REINFORCE. The gradient is biased: the queue holds the response itself, and rewards are divided by
+its standard deviation.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax import abstract, losses, on_policy, online
 from rlhf_jax.abstract import Stage
 from rlhf_jax.config import Count, Positive, Share
+from rlhf_jax.data import loader
 from rlhf_jax.data.records import Prompts
 from rlhf_jax.models import decoding, transformer
 from rlhf_jax.models.transformer import Model
@@ -84,6 +87,15 @@ class Config(online.GroupConfig):
                 f"min_samples={self.min_samples} must be at most "
                 f"samples_per_prompt={self.samples_per_prompt}"
             )
+        self._check_trained()
+        updates = self.num_epochs * self.num_minibatches
+        if updates > 1:
+            raise ValueError(
+                f"num_epochs * num_minibatches = {updates} updates per iteration, but the loss is "
+                "the policy gradient in the first only; use one update"
+            )
+
+    def _check_trained(self) -> None:
         if self.train_responses is None:
             return
         if self.train_responses > self.num_responses:
@@ -183,8 +195,10 @@ def prepare(config: Config, memory: Memory, prompts: Prompts) -> Prompts:
 
 
 def _z_scores(rewards: Float[Array, " M"], queue: training.Queue) -> Float[Array, " M"]:
-    mean = losses.masked_mean(queue.values, queue.held)
-    variance = losses.masked_mean(jnp.square(queue.values - mean), queue.held)
+    # From one of them on, or the rounding of a mean far from 0 would pass for a spread.
+    rewards, values = rewards - queue.values[0], queue.values - queue.values[0]
+    mean = losses.masked_mean(values, queue.held)
+    variance = losses.masked_mean(jnp.square(values - mean), queue.held)
     return (rewards - mean) * jax.lax.rsqrt(variance + 1e-8)
 
 
@@ -328,11 +342,18 @@ def run(
     rollout) -> [M], by which `train_responses` are chosen.
     Raises ValueError if `mle_share` is the weight of references that the prompts do not have.
     """
+    loader.expect(inputs.get("prompts"), "esrl.run", Prompts)
     examples = inputs["prompts"].examples
-    if config.mle_share and not examples.shape.reference:
+    if bool(config.mle_share) != bool(examples.shape.reference):
         raise ValueError(
-            f"mle_share={config.mle_share} is the weight of the references, but the prompts have "
-            "none; read them with batches.prompts(max_reference=...)"
+            f"mle_share={config.mle_share} is the weight of the references, and the prompts have "
+            f"{'some' if examples.shape.reference else 'none'}; give both or neither "
+            "(batches.prompts(max_reference=...) reads them)"
+        )
+    if examples.shape.reference and config.num_trained <= config.batch_size:
+        raise ValueError(
+            f"train_responses={config.train_responses} must be above the {config.batch_size} "
+            "references of an iteration, which are trained on first"
         )
     made = algorithm(config, len(examples), capability, priority, loss_fn)
     trained, history = online.run(config, made, **inputs)

@@ -30,6 +30,8 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax import abstract, losses, on_policy, online
 from rlhf_jax.abstract import Stage
 from rlhf_jax.config import Count, Positive, Share
+from rlhf_jax.data import loader
+from rlhf_jax.data.records import Prompts
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling.rollout import Rollout
 from rlhf_jax.training.metrics import Display
@@ -212,6 +214,7 @@ def run(
 
     Raises ValueError if `mle_share` is the weight of references that the prompts do not have.
     """
+    loader.expect(inputs.get("prompts"), "mrt.run", Prompts)
     if config.mle_share and not inputs["prompts"].examples.shape.reference:
         raise ValueError(
             f"mle_share={config.mle_share} is the weight of the references, but the prompts have "

@@ -17,7 +17,7 @@ gradients. Learning rates, batches and lengths are the experiment's: they are no
 | lambda | 0.95 | 1 | 1 | 0.95 * |
 | policy clip | 0.2 | 0.2 | 0.2, dual 3 | 0.2 * |
 | value clip | 0.2 | 0.5 | 0.5 | 0.2 * |
-| epochs x minibatches | 4 x 1 | 1 x 1 | 1 x 1 | 1 x 8 |
+| epochs | 4 | 1 | 1 | 1, in 8 minibatches |
 
 All average over the tokens of a minibatch and have discount 1. The paper of InstructGPT
 (arXiv:2203.02155) does not state what is marked *; it is as in TRL.

@@ -78,7 +78,8 @@ def kl_loss(
 def exact_kl_loss(config: KlConfig, params: dict, batch: ReferenceBatch):
     """`ppo.loss` plus `loss_kl_coef` times the mean KL per token, over the whole vocabulary.
 
-    It needs the hidden states of the reference, a forward pass more than `kl_loss`.
+    It passes through the reference, and a second time through the policy. Over a mesh each chunk
+    gathers the head and adds up its gradient: see `heads.over_logits`.
     """
     rows, policy, reference = batch.ppo, params["policy"], params["reference"]
     start = rows.tokens.shape[1] - config.sampling.max_new_tokens

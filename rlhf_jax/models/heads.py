@@ -119,7 +119,8 @@ def over_logits(
     `fn` gets the logits of each model, [B, C, V] float32 with soft caps, and the tokens [B, C] of
     some positions at a time, and returns a tree of [B, C]; the result is a tree of [B, T], aligned
     to the tokens and 0 before column `start`. The backward pass computes the logits again. For what
-    `token_logprobs` does not give; unlike there each chunk gathers the head over a mesh.
+    `token_logprobs` does not give. Over a mesh each chunk gathers the head and adds up its whole
+    gradient, unlike there, so it is slow with many devices or token ids.
     """
     first, batch = max(start, 1), tokens.shape[0]
     length = tokens.shape[1] - first

@@ -200,7 +200,8 @@ class Queue(NamedTuple):
     """The last Q numbers, in a ring."""
 
     values: Float[Array, " Q"]
-    count: Int[Array, ""]  # numbers pushed so far
+    # Numbers pushed so far; from 2 Q on the one in Q..2 Q - 1 with the same remainder by Q.
+    count: Int[Array, ""]
 
     @classmethod
     def empty(cls, size: int) -> Queue:
@@ -210,11 +211,13 @@ class Queue(NamedTuple):
         """The queue with the numbers at its end, in their order; only those where `kept` is 1."""
         size = self.values.shape[0]
         kept = jnp.ones(x.shape) if kept is None else kept
+        kept = (kept > 0).astype(jnp.int32)
         number, total = jnp.cumsum(kept) - 1, jnp.sum(kept)  # of each among those that are kept
         is_new = (kept > 0) & (number >= total - size)
-        places = jnp.where(is_new, (self.count + number) % size, size).astype(jnp.int32)
+        places = jnp.where(is_new, (self.count + number) % size, size)
         values = self.values.at[places].set(x, mode="drop")
-        return Queue(values, self.count + total.astype(jnp.int32))
+        count = self.count + total
+        return Queue(values, jnp.where(count < 2 * size, count, size + count % size))
 
     @property
     def held(self) -> Float[Array, " Q"]:
