@@ -225,8 +225,7 @@ def online(
         batch, _, _ = jax.eval_shape(
             functools.partial(algorithm.make_batch, config),
             params,
-            algorithms.memory_of(config, state),
-            rollout,
+            *algorithms.batch_inputs(config, state, rollout),
         )
     held = (policy, scorer, critic, frozen, resident, state)
     slices, updating = config.micro_batches, (config, state, frozen, rollout)

@@ -21,9 +21,8 @@ Scalar = float | Float[Array, ""]
 # float32, and infinity times an advantage of 0 is NaN.
 MAX_LOG_RATIO = 20.0
 
-# The tokens of a chunk of logits, at the least. The backward pass of every chunk reads and writes
-# the gradient of the whole unembedding: with 131,072 token ids and 32 tokens in a chunk that is
-# half of the time (15 s against 8 s for 4,096 tokens of width 256 on 2 cores).
+# The tokens of a chunk of logits, at the least. Every chunk adds to the whole gradient of the
+# unembedding: at 131,072 ids and 32 tokens that is half of the time on a CPU.
 MIN_CHUNK = 128
 
 
@@ -92,7 +91,7 @@ def token_logprobs(
     return _without_first(jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0])
 
 
-def _logits(hidden, unembedding):
+def head_logits(hidden, unembedding):
     """Products with the head, float32, before soft cap and temperature."""
     return jnp.einsum(
         "bcd,dv->bcv",
@@ -103,14 +102,15 @@ def _logits(hidden, unembedding):
     )
 
 
-def _scaled(logits, temperature, softcap):
+def scaled_logits(logits, temperature, softcap):
+    """Gemma's soft cap, softcap * tanh(logits / softcap), and then the temperature."""
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     return logits / temperature
 
 
 def _scaled_backward(raw, logits, gradient, temperature, softcap):
-    """The gradients of the arguments of `_scaled`, whose result is `logits`."""
+    """The gradients of the arguments of `scaled_logits`, whose result is `logits`."""
     inner = gradient / temperature
     d_temperature = -jnp.sum(inner * logits)
     if softcap is None:
@@ -163,8 +163,8 @@ def _of_chunks_forward(
     vocabulary, entropy_gradient, hidden, unembedding, tokens, temperature, softcap
 ):
     def of_chunk(arrays):
-        logits = _logits(arrays[0], unembedding)
-        return _chunk_logprobs(vocabulary, _scaled(logits, temperature, softcap), arrays[1])
+        logits = head_logits(arrays[0], unembedding)
+        return _chunk_logprobs(vocabulary, scaled_logits(logits, temperature, softcap), arrays[1])
 
     logprobs, entropy, total = jax.lax.map(of_chunk, (hidden, tokens))
     kept = entropy if entropy_gradient else None
@@ -184,8 +184,8 @@ def _of_chunks_backward(vocabulary, entropy_gradient, saved, gradients):
 
     def of_chunk(sums, arrays):
         hidden, tokens, total, (gradient, of_entropy), entropy = arrays
-        raw = _logits(hidden, unembedding)
-        logits = _scaled(raw, temperature, softcap)
+        raw = head_logits(hidden, unembedding)
+        logits = scaled_logits(raw, temperature, softcap)
         is_token = jnp.arange(size) == _columns(tokens, size, vocabulary)[..., None]
         p = jnp.exp(logits - total[..., None])
         d_logits = gradient[..., None] * (is_token - p)
@@ -207,6 +207,29 @@ def _of_chunks_backward(vocabulary, entropy_gradient, saved, gradients):
 _of_chunks.defvjp(_of_chunks_forward, _of_chunks_backward)
 
 
+def chunking(
+    batch: int, length: int, vocabulary: int, chunk_bytes: int | None = None
+) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """Splits [B, T, ...] to [n, B, C, ...], and joins [n, B, C] to [B, T], whose entry 0 is 0.
+
+    C positions have `chunk_bytes` of logits: 16 MiB by default, or `MIN_CHUNK` tokens' if more.
+    """
+    if chunk_bytes is None:
+        chunk_bytes = max(2**24, 4 * MIN_CHUNK * vocabulary)
+    chunk = max(1, chunk_bytes // (4 * batch * vocabulary))
+    chunks = -(-length // chunk)
+    chunk = -(-length // chunks)  # equal chunks: fewer than `chunks` positions of padding
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(batch, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    def joined(x):
+        return _without_first(x.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :length])
+
+    return split, joined
+
+
 def chunked_token_logprobs(
     hidden: Float[Array, "B T D"],
     unembedding: Float[Array, "D V"],
@@ -221,30 +244,13 @@ def chunked_token_logprobs(
     """`token_logprobs` of the final hidden states, and the entropy, without a [B, T, V] array.
 
     [B, T, D], [D, V], [B, T] -> ([B, T], [B, T]), in nats, float32; entry 0 of both is 0. Logits
-    are computed for some positions of every row at a time, as many as `chunk_bytes` of them hold,
-    in the forward pass and again in the backward pass. By default that is 16 MiB, or `MIN_CHUNK`
-    tokens where these take more. `softcap` is Gemma's c * tanh(logits / c). The entropy carries a
-    gradient only with `entropy_gradient`. The log-probability of an id outside of the vocabulary is
-    NaN. Inside `jax.shard_map`, `vocabulary` names the mesh axis whose
-    shards hold the columns of the unembedding; the sums run over all of them.
+    are computed for some positions at a time (`chunking`), and again in the backward pass. The
+    entropy has a gradient only with `entropy_gradient`. The log-probability of an id outside of the
+    vocabulary is NaN. In `jax.shard_map`, `vocabulary` is the axis that splits the unembedding.
     Raises ValueError if tokens and hidden states differ in shape.
     """
     _check_tokens(tokens, "hidden", hidden)
-    batch, length, width = hidden.shape
-    if chunk_bytes is None:
-        chunk_bytes = max(2**24, 4 * MIN_CHUNK * unembedding.shape[1])
-    chunk = max(1, chunk_bytes // (4 * batch * unembedding.shape[1]))
-    chunks = -(-length // chunk)
-    chunk = -(-length // chunks)  # equal chunks: fewer than `chunks` positions of padding
-    pad = ((0, 0), (0, chunks * chunk - length))
-
-    def split(x):
-        x = jnp.pad(x, pad + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(batch, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
-
-    def joined(x):
-        return _without_first(x.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :length])
-
+    split, joined = chunking(*tokens.shape, unembedding.shape[1], chunk_bytes)
     scales = jax.tree.map(jnp.float32, (temperature, softcap))
     logprobs, entropy = _of_chunks(
         vocabulary, entropy_gradient, split(align(hidden)), unembedding, split(tokens), *scales

@@ -118,7 +118,7 @@ def measurements(config: Any, rollout: Rollout) -> dict[str, Array]:
     """The metrics of a rollout that every algorithm reports."""
     drawn = rollout
     if rollout.given is not None:
-        drawn = rollouts.drawn(rollout, config.samples_per_prompt)
+        drawn = rollouts.drawn(rollout._replace(pretraining=None), config.samples_per_prompt)
     metrics = rollouts.measurements(drawn) | rollouts.gaps(rollout)
     metrics["num_tokens"] = jnp.sum(rollout.lengths)
     if config.samples_per_prompt > 1:

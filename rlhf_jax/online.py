@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
-from rlhf_jax import on_policy, sharding, shards
+from rlhf_jax import on_policy, processes, sharding, shards
 from rlhf_jax.config import explained_tracing
 from rlhf_jax.data import loader
 from rlhf_jax.data.batches import Demonstrations, Loader, Prompts
@@ -35,6 +35,7 @@ from rlhf_jax.models import flops, partition
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.online_config import Config as Config
 from rlhf_jax.online_config import GroupConfig as GroupConfig
+from rlhf_jax.online_config import prompt_rows as prompt_rows
 from rlhf_jax.rewards import host, learned
 from rlhf_jax.sampling import decode, settings
 from rlhf_jax.sampling import rollout as rollouts
@@ -84,6 +85,13 @@ class Algorithm(NamedTuple):
     prepare: Callable[[Any, Any, Prompts], Prompts] | None = None
 
 
+class Result(NamedTuple):
+    """The trained policy and the metrics of each iteration run here."""
+
+    policy: Model
+    history: list[dict[str, Any]]
+
+
 class Inputs(TypedDict, total=False):
     """What `run` of every online algorithm takes besides its Config.
 
@@ -97,7 +105,7 @@ class Inputs(TypedDict, total=False):
     scorer: Any  # the parameters of `score`: a reward model, unless `score` says otherwise
     score: Score  # a reward on the device; the default is `rewards.learned.score`
     reward: host.Reward  # a reward in Python, (prompts, responses, rows) -> scores
-    pretraining: Loader  # text, whose batch of each iteration `make_batch` finds in the rollout
+    pretraining: Loader  # text; `make_batch` gets the batch of each iteration as one argument more
     critic: Model  # starts the value network of an algorithm that has one
     choose: Choose  # how a token is drawn from its logits, with the probabilities of their softmax
     processors: tuple[Processor, ...]  # change the logits before a token is drawn
@@ -145,20 +153,6 @@ def sample(
         every = config.samples_per_prompt
         samples = rollouts.with_references(samples, prompts, drawing.ends, every)
     return samples, index
-
-
-def prompt_rows(config: Config, mesh: jax.sharding.Mesh) -> int:
-    """Rows that hold the prompts of an iteration: a multiple of `batch_size`.
-
-    A prompt in one row is read once for all of its samples. Where the mesh does not divide the
-    prompts each takes as few rows as make it divide them; it always divides the responses.
-    """
-    sharding.check_rows(mesh, **config.row_counts())
-    shards = sharding.row_shards(mesh)
-    copies = (
-        n for n in range(1, config.samples_per_prompt + 1) if not config.samples_per_prompt % n
-    )
-    return next(config.batch_size * n for n in copies if not config.batch_size * n % shards)
 
 
 def judge(score: Score | None, config: Config, params: dict, samples: Samples, index) -> Rollout:
@@ -252,7 +246,7 @@ def update(
     """
     params = partition.combine(frozen, state.train.trainable)
     with explained_tracing():
-        made = make_batch(config, params, memory_of(config, state), rollout)
+        made = make_batch(config, params, *batch_inputs(config, state, rollout))
     batch, memory, metrics = _checked(config, made)
     optimizer, size = make_optimizer(config), jax.tree.leaves(batch)[0].shape[0]
 
@@ -299,9 +293,15 @@ def memory_of(config: Config, state: State) -> Any:
     return average.own(config.ema_decay, state.memory)
 
 
+def batch_inputs(config: Config, state: State, rollout: Rollout) -> tuple:
+    """What `make_batch` is given after the parameters: memory, rollout, text if there is any."""
+    text = () if rollout.pretraining is None else (rollout.pretraining,)
+    return memory_of(config, state), rollout._replace(pretraining=None), *text
+
+
 def returned(config: Config, state: State) -> training.TrainState:
     """The train state with the policy that a run returns: see `Config.ema_decay`."""
-    chosen = average.policy(config.ema_decay, state.memory, state.train.trainable)
+    chosen = average.networks(config.ema_decay, state.memory, state.train.trainable)
     return state.train._replace(trainable=chosen)
 
 
@@ -384,7 +384,7 @@ def run(
     on_policy.check_sampler(algorithm.name, config, processors, choose, algorithm.any_sampler)
     loop.check_evaluation(config.eval_every, evaluate)
     drawing = Drawing(tokenizer.ends, choose, processors)
-    batches = _in_rows(config, mesh, prompts, pretraining)
+    batches = _in_rows(algorithm, config, mesh, prompts, pretraining)
     with jax.set_mesh(mesh):
         trainable, bases = partition.partition(algorithm.networks(config, policy, critic))
         given = sharding.place(mesh, {"reference": policy, "scorer": scorer, **bases})
@@ -446,17 +446,22 @@ def _check_inputs(algorithm, config, mesh, policy, prompts, scorer, score, rewar
     return None
 
 
-def _in_rows(config: Config, mesh, prompts: Loader, text: Loader | None) -> loader.Together:
-    """The rows of prompts and text that this process reads; `prompt_rows` says how many there are.
+def _check_text(make_batch: Callable, mesh, text: Loader) -> None:
+    """Raises ValueError for text that is none, that nothing would read, or that hosts differ in."""
+    loader.expect(text, "pretraining=", Demonstrations)
+    names = ("config", "params", "memory", "rollout", "pretraining")
+    host.check_arguments(make_batch, *names)
+    sharding.check_rows(mesh, pretraining=text.batch_size)
+    processes.agree("the text (pretraining=)", text.examples.fingerprint)
 
-    Raises ValueError for text that is none, or does not divide over the mesh.
-    """
+
+def _in_rows(algorithm, config, mesh, prompts: Loader, text: Loader | None) -> loader.Together:
+    """The rows of prompts and text that this process reads; see `prompt_rows`."""
     count = prompt_rows(config, mesh)
     places = np.arange(count) // (count // config.batch_size)
     prompts = prompts.reading(places[sharding.process_rows(mesh, count)])
     if text is not None:
-        loader.expect(text, "pretraining=", Demonstrations)
-        sharding.check_rows(mesh, pretraining=text.batch_size)
+        _check_text(algorithm.make_batch, mesh, text)
         text = text.reading(sharding.process_rows(mesh, text.batch_size))
     return loader.Together((prompts, text))
 

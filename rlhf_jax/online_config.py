@@ -1,8 +1,10 @@
-"""The settings that every online run has."""
+"""The settings that every online run has, and how its prompts lie on a mesh."""
 
 from __future__ import annotations
 
-from rlhf_jax import config, on_policy
+import jax
+
+from rlhf_jax import config, on_policy, sharding
 from rlhf_jax.config import Count, Positive, Share, Whole
 from rlhf_jax.sampling.settings import Sampling
 from rlhf_jax.training import state as training
@@ -121,3 +123,17 @@ class GroupConfig(Config):
             "groups per minibatch": self.num_groups // self.num_minibatches,
             "minibatch_size / micro_batches": self.rows_per_minibatch // self.micro_batches,
         }
+
+
+def prompt_rows(config: Config, mesh: jax.sharding.Mesh) -> int:
+    """Rows that hold the prompts of an iteration: a multiple of `batch_size`.
+
+    A prompt in one row is read once for all of its samples. Where the mesh does not divide the
+    prompts each takes as few rows as make it divide them; it always divides the responses.
+    """
+    sharding.check_rows(mesh, **config.row_counts())
+    shards = sharding.row_shards(mesh)
+    copies = (
+        n for n in range(1, config.samples_per_prompt + 1) if not config.samples_per_prompt % n
+    )
+    return next(config.batch_size * n for n in copies if not config.batch_size * n % shards)

@@ -252,7 +252,8 @@ _gather.defvjp(_gather_forward, _gather_backward)
 def over_vocabulary(fn: Callable, hidden, unembedding, tokens, *numbers):
     """Inside a program: `fn(hidden, unembedding, tokens, *numbers, vocabulary=axis)` on each shard.
 
-    hidden [B, T, D], unembedding [D, V], tokens [B, T] -> arrays [B, T]. The function gets some of
+    hidden [B, T, D], unembedding [D, V], tokens [B, T] -> arrays [B, T]; for several models
+    `hidden` and `unembedding` are tuples. The function gets some of
     the rows, all of the width (gathered once, so that no loop of `fn` gathers it again), and the
     columns of one shard of the mesh axis `vocabulary`, or all columns with `vocabulary=None`. Its
     results must be the same on all shards of that axis.
@@ -261,11 +262,16 @@ def over_vocabulary(fn: Callable, hidden, unembedding, tokens, *numbers):
     if mesh.empty:
         return fn(hidden, unembedding, tokens, *numbers, vocabulary=None)
     sharding.check_rows(mesh, rows=tokens.shape[0])
-    width, vocabulary = _divided(mesh, sharding.spec_for(mesh, "head/kernel", unembedding.shape))
+    specs = {sharding.spec_for(mesh, "head/kernel", x.shape) for x in jax.tree.leaves(unembedding)}
+    if len(specs) > 1:
+        raise ValueError(f"heads of different shapes are split differently on this mesh: {specs}")
+    width, vocabulary = _divided(mesh, specs.pop())
 
     def on_shard(hidden, unembedding, tokens, *numbers):
         if width:
-            unembedding = _gather(width, hidden.dtype, unembedding)
+            unembedding = jax.tree.map(
+                lambda x, head: _gather(width, x.dtype, head), hidden, unembedding
+            )
         return fn(hidden, unembedding, tokens, *numbers, vocabulary=vocabulary)
 
     return jax.shard_map(

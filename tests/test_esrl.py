@@ -125,13 +125,13 @@ def test_capability_is_1_for_a_certain_policy_and_0_for_a_uniform_one():
     vocabulary = 264
     for entropy, wanted in ((0.0, 1.0), (np.log(vocabulary), 0.0)):
         given = rollout()._replace(entropy=jnp.full((32, 6), entropy, jnp.float32))
-        found = esrl.entropy_capability(vocabulary, given, given.scores)
+        found = esrl.entropy_capability(vocabulary, given)
         np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 def test_the_capability_of_rewards_lies_between_their_percentiles():
     given = rollout()._replace(scores=jnp.arange(32.0))
-    found = esrl.reward_capability(264, given, given.scores)
+    found = esrl.reward_capability(264, given)
     low, high = np.percentile(np.arange(32.0), [5, 95])
     wanted = np.clip((np.arange(32.0) - low) / (high - low), 0, 1)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
@@ -140,9 +140,9 @@ def test_the_capability_of_rewards_lies_between_their_percentiles():
 def test_padding_does_not_count_in_the_capability():
     given = rollout()
     mask = given.mask.at[:, 4:].set(0.0)
-    one = esrl.entropy_capability(264, given._replace(mask=mask), given.scores)
+    one = esrl.entropy_capability(264, given._replace(mask=mask))
     entropy = given.entropy.at[:, 4:].set(100.0)
-    two = esrl.entropy_capability(264, given._replace(mask=mask, entropy=entropy), given.scores)
+    two = esrl.entropy_capability(264, given._replace(mask=mask, entropy=entropy))
     np.testing.assert_array_equal(one, two)
 
 
@@ -156,7 +156,7 @@ def test_a_prompt_gets_samples_by_its_last_capability_and_the_new_one_is_remembe
     assert counts.sum(1).tolist() == [1, 3, 3, 4, 4, 4, 4, 4]
     assert (np.diff(counts, axis=1) <= 0).all()
     assert metrics["esrl/consumed"] == 27
-    wanted = esrl.entropy_capability(264, rollout(), rollout().scores).reshape(8, 4).mean(1)
+    wanted = esrl.entropy_capability(264, rollout()).reshape(8, 4).mean(1)
     np.testing.assert_allclose(after.capability[:8], wanted, rtol=1e-5)
     assert (after.capability[8:] == 0).all()
 
@@ -193,7 +193,7 @@ def test_the_least_capable_are_kept():
     config = dataclasses.replace(TINY, train_responses=24)
     batch, _, metrics = batch_of(config)
     given = rollout()
-    capability = np.asarray(esrl.entropy_capability(264, given, given.scores))
+    capability = np.asarray(esrl.entropy_capability(264, given))
     kept = np.sort(np.argsort(capability)[:24])
     np.testing.assert_array_equal(
         np.sort(np.asarray(batch.old_logprobs.sum(1))),
@@ -214,7 +214,7 @@ def test_elimination_at_random_does_not_look_at_the_capability():
     one, two = (esrl.at_random(jnp.asarray(x), given) for x in (np.zeros(32), np.arange(32.0)))
     np.testing.assert_array_equal(one, two)
     assert len(set(np.asarray(one).tolist())) == 32
-    capability = esrl.entropy_capability(264, given, given.scores)
+    capability = esrl.entropy_capability(264, given)
     assert abs(np.corrcoef(np.asarray(one), np.asarray(capability))[0, 1]) < 0.5
 
 
@@ -359,6 +359,16 @@ def test_references_that_would_take_every_place_are_refused():
         run(prompts=[1, 2])
 
 
+def test_a_prompt_that_occurs_twice_has_the_mean_of_both_visits():
+    found = esrl._remembered(jnp.full(4, 0.5), jnp.array([2, 0, 2]), jnp.array([1.0, 0.3, 0.0]))
+    np.testing.assert_allclose(found, [0.3, 0.5, 0.5, 0.5])
+
+
+def test_one_response_to_a_prompt_is_enough():
+    _, history = run(dataclasses.replace(TINY, batch_size=32, samples_per_prompt=1))
+    assert history[-1]["esrl/consumed"] == 32
+
+
 def test_settings_that_do_not_fit_are_refused():
     make = functools.partial(esrl.Config, batch_size=8, samples_per_prompt=4)
     with pytest.raises(ValueError, match="min_samples=5 must be at most samples_per_prompt=4"):
@@ -367,5 +377,5 @@ def test_settings_that_do_not_fit_are_refused():
         make(train_responses=33)
     with pytest.raises(ValueError, match="= 4 updates per iteration, .* use one update"):
         make(num_epochs=4)
-    with pytest.raises(ValueError, match="train_responses=30 do not divide"):
-        make(train_responses=30, num_minibatches=4)
+    with pytest.raises(ValueError, match="train_responses=30 are not a multiple"):
+        make(train_responses=30, micro_batches=4)

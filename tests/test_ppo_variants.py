@@ -1,6 +1,7 @@
 """PPO's presets on the worked numbers of the programs they follow; KL in the loss; mixes; EMA."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -233,6 +234,8 @@ def test_a_mix_without_text_or_of_an_odd_size_is_refused():
         mixed(config, None)
     with pytest.raises(ValueError, match="24 rows of text per iteration are no multiple of its 16"):
         mixed(config, text(24))
+    with pytest.raises(ValueError, match=r"make_batch is called as .*rollout, pretraining\), but"):
+        tiny.run_ppo(ppo.Config(**TINY), pretraining=text(16))
     with pytest.raises(ValueError, match="pretraining= takes demonstrations"):
         mixed(config, tiny.prompts(16))
 
@@ -275,7 +278,7 @@ def test_the_averaged_policy_is_the_average_and_is_resumed(tmp_path):
 # ------------------------------------------------------------------------------------ the exact KL
 
 
-@pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2"])
+@pytest.mark.parametrize("mesh", ["1x1x1", "2x2x2", "1x2x4"])
 def test_the_exact_kl_and_its_gradient_are_those_of_the_definition(mesh):
     policy, reference = tiny.model(mesh, 0), tiny.model(mesh, 1)
     rng = np.random.default_rng(0)
@@ -291,8 +294,8 @@ def test_the_exact_kl_and_its_gradient_are_those_of_the_definition(mesh):
         return jnp.sum(weights[:, 3:] * jnp.sum(jnp.exp(own) * (own - other), axis=-1))
 
     def ours(policy):
-        hiddens = (transformer.hidden_states(x, tokens, attend) for x in (policy, reference))
-        kl = heads.token_kl(policy, reference, *hiddens, tokens, 0.7, 3)
+        hiddens = tuple(transformer.hidden_states(x, tokens, attend) for x in (policy, reference))
+        kl = heads.token_kl(policy, reference, hiddens, tokens, 0.7, 3)
         return jnp.sum(weights * kl), kl
 
     with jax.set_mesh(tiny.mesh(mesh)):
@@ -315,3 +318,22 @@ def test_the_exact_kl_keeps_the_policy_near_its_reference():
     }
     history = tiny.run_ppo(config, **functions).history
     assert history[0]["loss/kl_avg"] >= 0 and history[-1]["loss/kl_avg"] > 0
+
+
+def test_the_exact_kl_exchanges_heads_once_and_not_for_every_chunk(monkeypatch):
+    """Four chunks, and no collective as large as a head in their loops."""
+    chunking = losses.chunking
+    monkeypatch.setattr(losses, "chunking", lambda *size: chunking(*size, 4 * 264 * 2))
+    policy, reference = tiny.model("1x8x1", 0), tiny.model("1x8x1", 1)
+    hidden = jnp.ones((8, 8, 32))
+
+    def kl(policy):
+        return jnp.sum(heads.token_kl(policy, reference, (hidden, hidden), jnp.ones((8, 8), int)))
+
+    with jax.set_mesh(tiny.mesh("1x8x1")):
+        module = jax.jit(jax.grad(kl)).lower(policy).compile().as_text()
+    loops = re.findall(r"body=%([\w.-]+)", module)
+    assert loops
+    for name in loops:
+        body = module[module.index(f"%{name} (") :].split("\n}")[0]
+        assert not re.search(r"(all-gather|all-reduce|reduce-scatter|all-to-all)\(", body), body

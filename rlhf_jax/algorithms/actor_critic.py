@@ -16,7 +16,7 @@ Samplers that are not the policy are refused, or weighted token by token, as in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Unpack
+from typing import Unpack
 
 import jax.numpy as jnp
 
@@ -24,8 +24,6 @@ from rlhf_jax import abstract, losses, on_policy, online
 from rlhf_jax.abstract import Stage
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import Count
-from rlhf_jax.models.transformer import Model
-from rlhf_jax.training import state as training
 from rlhf_jax.training.metrics import Display
 
 DISPLAY = Display(
@@ -41,9 +39,8 @@ class Config(ppo.CriticConfig):
     num_epochs: Count = 1
     whiten_advantages: bool = False
     entropy_coef: float = 0.0  # reward per nat of the entropy of a token
-    reuse_responses: bool = (
-        False  # several updates per iteration, which are not the policy gradient
-    )
+    # Allows several updates per iteration, of which only the first is the policy gradient.
+    reuse_responses: bool = False
 
     def check(self) -> None:
         """Raises ValueError for several updates per iteration that were not asked for."""
@@ -54,14 +51,6 @@ class Config(ppo.CriticConfig):
                 f"num_epochs * num_minibatches = {updates} updates per iteration, but the policy "
                 "gradient holds for the first only; use ppo, or set reuse_responses=True"
             )
-
-
-class Result(NamedTuple):
-    """The trained policy and critic (None if shared) and the metrics of each iteration run here."""
-
-    policy: Model
-    critic: Model | None
-    history: list[dict[str, Any]]
 
 
 def loss(config: Config, params: dict, batch: ppo.Batch):
@@ -82,8 +71,7 @@ def loss(config: Config, params: dict, batch: ppo.Batch):
 
 def algorithm(make_batch: Callable = ppo.make_batch, loss_fn: Callable = loss) -> online.Algorithm:
     """A2C as `online` runs it."""
-    memory = ppo.Memory(jnp.float32(1.0), training.RunningMoments.empty())
-    return online.Algorithm("actor_critic", DISPLAY, ppo.networks, make_batch, loss_fn, memory)
+    return ppo.algorithm(make_batch, loss_fn)._replace(name="actor_critic", display=DISPLAY)
 
 
 def run(
@@ -92,13 +80,13 @@ def run(
     make_batch: Callable = ppo.make_batch,
     loss_fn: Callable = loss,
     **inputs: Unpack[online.Inputs],
-) -> Result:
+) -> ppo.Result:
     """Trains `policy` on a reward, with a KL penalty to where it starts; see `online.Inputs`.
 
     `critic`, a model with a scalar head and usually the reward model, starts the value network.
     """
     trained, history = online.run(config, algorithm(make_batch, loss_fn), **inputs)
-    return Result(trained["policy"], trained.get("critic"), history)
+    return ppo.Result(trained["policy"], trained.get("critic"), history)
 
 
 def programs(

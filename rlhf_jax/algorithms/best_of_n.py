@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax import abstract, losses, on_policy, online
 from rlhf_jax.abstract import Stage
 from rlhf_jax.config import Count
-from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling.rollout import Rollout
 from rlhf_jax.training.metrics import Display
 
@@ -110,13 +109,6 @@ class Batch(NamedTuple):
     old_logprobs: Float[Array, "G T"]
 
 
-class Result(NamedTuple):
-    """The trained policy and the metrics of each iteration run here."""
-
-    policy: Model
-    history: list[dict[str, Any]]
-
-
 def make_batch(config: Config, params: dict, memory: Any, rollout: Rollout):
     """The best response to each prompt, the first of those that tie: (Batch, memory, metrics)."""
     del params
@@ -162,10 +154,10 @@ def run(
     make_batch: Callable = make_batch,
     loss_fn: Callable = loss,
     **inputs: Unpack[online.Inputs],
-) -> Result:
+) -> online.Result:
     """Trains `policy` on its own best responses, iteration by iteration; see `online.Inputs`."""
     trained, history = online.run(config, algorithm(make_batch, loss_fn), **inputs)
-    return Result(trained["policy"], history)
+    return online.Result(trained["policy"], history)
 
 
 def programs(

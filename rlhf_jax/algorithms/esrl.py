@@ -17,8 +17,9 @@ What was seen of the method: the abstract, a caption and the group's public code
 of responses with the highest mean of 1 + p log p (p the largest probability of a token) is dropped
 from each batch; rewards go through a queue of 1,000; and the loss is mixed with cross entropy. Our
 design: C from exact entropies or from rewards, in [0, 1]; the rules for k and tau, which the public
-code lacks; arrays whose shapes do not depend on k, so the samples that a prompt does not get are
-drawn, but cost no update. They are not counted as consumed.
+code lacks; and arrays whose shapes do not depend on k. So a sample that a prompt does not get is
+drawn all the same and has weight 0 in the update, unless `train_responses` leaves it out. It is not
+counted as consumed.
 
 Where tau < 1 the sampler is not the policy: `off_policy="weight"` weights each response, as in
 REINFORCE. The gradient is biased: the queue holds the response itself, and rewards are divided by
@@ -29,7 +30,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ DISPLAY = Display(
 )
 
 
-class Config(online.GroupConfig):
+class Config(online.Config):
     """Settings of an ESRL run."""
 
     num_epochs: Count = 1
@@ -87,26 +88,21 @@ class Config(online.GroupConfig):
                 f"min_samples={self.min_samples} must be at most "
                 f"samples_per_prompt={self.samples_per_prompt}"
             )
-        self._check_trained()
         updates = self.num_epochs * self.num_minibatches
         if updates > 1:
             raise ValueError(
                 f"num_epochs * num_minibatches = {updates} updates per iteration, but the loss is "
                 "the policy gradient in the first only; use one update"
             )
-
-    def _check_trained(self) -> None:
-        if self.train_responses is None:
-            return
-        if self.train_responses > self.num_responses:
+        if self.num_trained > self.num_responses:
             raise ValueError(
                 f"train_responses={self.train_responses} must be at most the "
                 f"{self.num_responses} that are sampled"
             )
-        if self.train_responses % (self.num_minibatches * self.micro_batches):
+        if self.num_trained % self.micro_batches:
             raise ValueError(
-                f"train_responses={self.train_responses} do not divide into num_minibatches * "
-                f"micro_batches = {self.num_minibatches * self.micro_batches}"
+                f"train_responses={self.train_responses} are not a multiple of "
+                f"micro_batches={self.micro_batches}"
             )
 
     @property
@@ -121,11 +117,10 @@ class Config(online.GroupConfig):
 
     def row_counts(self) -> dict[str, int]:
         """The numbers of rows that must divide over a mesh: those that are sampled, and trained."""
-        minibatch = self.num_trained // self.num_minibatches
         return {
             "batch_size * samples_per_prompt": self.num_responses,
-            "train_responses / num_minibatches": minibatch,
-            "minibatch_size / micro_batches": minibatch // self.micro_batches,
+            "train_responses": self.num_trained,
+            "train_responses / micro_batches": self.num_trained // self.micro_batches,
         }
 
 
@@ -148,26 +143,18 @@ class Batch(NamedTuple):
     references: Float[Array, " B"] | None  # 1 on references
 
 
-class Result(NamedTuple):
-    """The trained policy and the metrics of each iteration run here."""
-
-    policy: Model
-    history: list[dict[str, Any]]
-
-
 # -------------------------------------------------------------------------------- capability
 
 
-def entropy_capability(vocabulary: int, rollout: Rollout, rewards: Array) -> Float[Array, " M"]:
+def entropy_capability(vocabulary: int, rollout: Rollout) -> Float[Array, " M"]:
     """1 - mean entropy of a response's tokens / log V: from 0 (uniform) to 1 (certain)."""
-    del rewards
     mean = losses.masked_mean(rollout.entropy, rollout.mask, axis=1)
     return 1.0 - mean / jnp.log(vocabulary)
 
 
-def reward_capability(vocabulary: int, rollout: Rollout, rewards: Array) -> Float[Array, " M"]:
+def reward_capability(vocabulary: int, rollout: Rollout) -> Float[Array, " M"]:
     """Where a response's score lies between the 5 % and the 95 % points of the iteration's."""
-    del vocabulary, rewards
+    del vocabulary
     low, high = jnp.percentile(rollout.scores, jnp.array([5.0, 95.0]))
     span = jnp.maximum(high - low, 1e-8)
     return jnp.clip((rollout.scores - low) / span, 0.0, 1.0)
@@ -202,6 +189,15 @@ def _z_scores(rewards: Float[Array, " M"], queue: training.Queue) -> Float[Array
     return (rewards - mean) * jax.lax.rsqrt(variance + 1e-8)
 
 
+def _remembered(
+    known: Float[Array, " N"], prompts: Int[Array, " G"], found: Float[Array, " G"]
+) -> Float[Array, " N"]:
+    """The capabilities with those that were found; the mean for a prompt that occurs twice."""
+    visits = jnp.zeros_like(known).at[prompts].add(1.0)
+    total = jnp.zeros_like(known).at[prompts].add(found)
+    return jnp.where(visits > 0, total / jnp.maximum(visits, 1.0), known)
+
+
 def make_batch(
     capability: Callable,
     priority: Callable,
@@ -218,7 +214,7 @@ def make_batch(
     kl = losses.kl_k1(logprobs=rollout.old_logprobs, ref_logprobs=rollout.ref_logprobs)
     rewards = rollout.scores - config.kl_coef * losses.masked_sum(kl, rollout.mask, axis=1)
     given = jnp.zeros(rewards.shape) if rollout.given is None else rollout.given
-    found = capability(params["policy"].config.vocab_size, rollout, rewards)
+    found = capability(params["policy"].config.vocab_size, rollout)
 
     count = config.samples_per_prompt
     prompts = rollout.index[::count] % memory.capability.shape[0]
@@ -230,7 +226,7 @@ def make_batch(
     queue = memory.rewards.push(rewards, drawn)
     gains = _z_scores(rewards, queue) * on_policy.response_weights(config, rollout)
     of_prompt = losses.masked_mean(found.reshape(-1, count), drawn.reshape(-1, count), axis=1)
-    memory = Memory(queue, memory.capability.at[prompts].set(of_prompt))
+    memory = Memory(queue, _remembered(memory.capability, prompts, of_prompt))
     batch = Batch(
         tokens=rollout.tokens,
         attend=rollout.attend,
@@ -242,9 +238,8 @@ def make_batch(
     )
     if config.train_responses is not None:
         # References first, then those of the first k, in the order of their priority.
-        rank = jnp.argsort(-priority(found, rollout), stable=True)
-        place = jnp.zeros(rank.shape, jnp.int32).at[rank].set(jnp.arange(rank.shape[0]))
-        order = jnp.lexsort((place, -is_trained, -given))[: config.train_responses]
+        keys = (-priority(found, rollout), -is_trained, -given)
+        order = jnp.lexsort(keys)[: config.train_responses]
         batch = jax.tree.map(lambda x: x[order], batch)
     metrics = {
         "esrl/capability": losses.masked_mean(found, drawn),
@@ -335,11 +330,11 @@ def run(
     priority: Callable = least_capable,
     loss_fn: Callable = loss,
     **inputs: Unpack[online.Inputs],
-) -> Result:
+) -> online.Result:
     """Trains `policy` on a reward; see `online.Inputs`.
 
-    capability: (number of token ids, rollout, rewards [M]) -> [M] in [0, 1]. priority: (capability,
-    rollout) -> [M], by which `train_responses` are chosen.
+    capability: (number of token ids, rollout) -> [M] in [0, 1]. priority: (capability, rollout) ->
+    [M], of which the highest are the `train_responses`.
     Raises ValueError if `mle_share` is the weight of references that the prompts do not have.
     """
     loader.expect(inputs.get("prompts"), "esrl.run", Prompts)
@@ -357,7 +352,7 @@ def run(
         )
     made = algorithm(config, len(examples), capability, priority, loss_fn)
     trained, history = online.run(config, made, **inputs)
-    return Result(trained["policy"], history)
+    return online.Result(trained["policy"], history)
 
 
 def programs(

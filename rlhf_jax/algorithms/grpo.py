@@ -31,7 +31,6 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax import abstract, advantages, losses, on_policy, online
 from rlhf_jax.abstract import Stage
 from rlhf_jax.config import Count, NonNegative
-from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling.rollout import Rollout
 from rlhf_jax.training.metrics import Display
 
@@ -83,13 +82,6 @@ class Batch(NamedTuple):
     ref_logprobs: Float[Array, "G K T"]
     weights: Float[Array, "G K T"]  # of the advantages: see `on_policy.weights`
     advantages: Float[Array, "G K"]
-
-
-class Result(NamedTuple):
-    """The trained policy and the metrics of each iteration run here."""
-
-    policy: Model
-    history: list[dict[str, Any]]
 
 
 # ---------------------------------------------------------------------------------------- the batch
@@ -239,10 +231,10 @@ def run(
     make_batch: Callable = make_batch,
     loss_fn: Callable = loss,
     **inputs: Unpack[online.Inputs],
-) -> Result:
+) -> online.Result:
     """Trains `policy` on a reward; the loss has the KL to where it starts. See `online.Inputs`."""
     trained, history = online.run(config, algorithm(make_batch, loss_fn), **inputs)
-    return Result(trained["policy"], history)
+    return online.Result(trained["policy"], history)
 
 
 def programs(

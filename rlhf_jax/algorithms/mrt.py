@@ -32,7 +32,6 @@ from rlhf_jax.abstract import Stage
 from rlhf_jax.config import Count, Positive, Share
 from rlhf_jax.data import loader
 from rlhf_jax.data.records import Prompts
-from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling.rollout import Rollout
 from rlhf_jax.training.metrics import Display
 
@@ -69,13 +68,6 @@ class Batch(NamedTuple):
     scores: Float[Array, "G K"]
     counts: Float[Array, "G K"]  # 1 where the candidate belongs to the set, 0 on duplicates
     references: Float[Array, "G K"] | None  # 1 where the candidate is the reference
-
-
-class Result(NamedTuple):
-    """The trained policy and the metrics of each iteration run here."""
-
-    policy: Model
-    history: list[dict[str, Any]]
 
 
 # --------------------------------------------------------------------------------- candidate sets
@@ -209,7 +201,7 @@ def run(
     make_batch: Callable = make_batch,
     loss_fn: Callable = loss,
     **inputs: Unpack[online.Inputs],
-) -> Result:
+) -> online.Result:
     """Trains `policy` on the risk of its own candidates; see `online.Inputs`.
 
     Raises ValueError if `mle_share` is the weight of references that the prompts do not have.
@@ -221,7 +213,7 @@ def run(
             "none; read them with batches.prompts(max_reference=...)"
         )
     trained, history = online.run(config, algorithm(make_batch, loss_fn), **inputs)
-    return Result(trained["policy"], history)
+    return online.Result(trained["policy"], history)
 
 
 def programs(

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax import abstract, losses, on_policy, online, preference_losses
 from rlhf_jax.abstract import Stage
 from rlhf_jax.config import Count, Positive
-from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling.rollout import Rollout
 from rlhf_jax.training import state as training
 from rlhf_jax.training.metrics import Display
@@ -87,13 +86,6 @@ class Batch(NamedTuple):
     old_logprobs: Float[Array, "B 2 T"]
     ref_logps: Float[Array, "B 2"]  # the reference's log p(y|x), nats per response
     decided: Float[Array, " B"]  # 1 where the best has the higher score, 0 where both are alike
-
-
-class Result(NamedTuple):
-    """The trained policy and the metrics of each iteration run here."""
-
-    policy: Model
-    history: list[dict[str, Any]]
 
 
 def loss(config: Config, params: dict, batch: Batch):
@@ -173,10 +165,10 @@ def run(
     make_batch: Callable = make_batch,
     loss_fn: Callable = loss,
     **inputs: Unpack[online.Inputs],
-) -> Result:
+) -> online.Result:
     """Trains `policy` on a reward, compared with where it starts; see `online.Inputs`."""
     trained, history = online.run(config, algorithm(make_batch, loss_fn), **inputs)
-    return Result(trained["policy"], history)
+    return online.Result(trained["policy"], history)
 
 
 def programs(

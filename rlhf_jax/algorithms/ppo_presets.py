@@ -84,7 +84,7 @@ class VerlConfig(ppo.Config):
 
 
 class InstructGptConfig(ppo.Config):
-    """Those of the paper, without its pretraining mix: see `ppo_variants.pretraining_loss`."""
+    """Those of the paper, without its pretraining mix: see `ppo_variants.mixed_loss`."""
 
     num_epochs: Count = 1
     num_minibatches: Count = 8

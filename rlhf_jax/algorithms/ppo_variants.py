@@ -78,16 +78,15 @@ def kl_loss(
 def exact_kl_loss(config: KlConfig, params: dict, batch: ReferenceBatch):
     """`ppo.loss` plus `loss_kl_coef` times the mean KL per token, over the whole vocabulary.
 
-    It passes through the reference, and a second time through the policy. Over a mesh each chunk
-    gathers the head and adds up its gradient: see `heads.over_logits`.
+    It passes through the reference, and a second time through the policy.
     """
     rows, policy, reference = batch.ppo, params["policy"], params["reference"]
     start = rows.tokens.shape[1] - config.sampling.max_new_tokens
 
     def of_rows(tokens, attend):
-        hiddens = (transformer.hidden_states(x, tokens, attend) for x in (policy, reference))
+        hiddens = tuple(transformer.hidden_states(x, tokens, attend) for x in (policy, reference))
         return heads.token_kl(
-            policy, reference, *hiddens, tokens, config.sampling.temperature, start
+            policy, reference, hiddens, tokens, config.sampling.temperature, start
         )
 
     kl = heads.map_rows(of_rows, config.micro_batches, rows.tokens, rows.attend)
@@ -124,6 +123,7 @@ def mixed_batch(
     params: dict,
     memory: Any,
     rollout: Rollout,
+    pretraining: Demonstrations | None = None,
     *,
     make_batch: Callable = ppo.make_batch,
 ):
@@ -133,14 +133,14 @@ def mixed_batch(
     """
     batch, memory, metrics = make_batch(config, params, memory, rollout)
     count = batch.tokens.shape[0]
-    if rollout.pretraining is None:
+    if pretraining is None:
         raise ValueError("there is no text to mix in; give run a Loader of it as pretraining=")
-    if rollout.pretraining.tokens.shape[0] % count:
+    if pretraining.tokens.shape[0] % count:
         raise ValueError(
-            f"{rollout.pretraining.tokens.shape[0]} rows of text per iteration are no multiple of "
+            f"{pretraining.tokens.shape[0]} rows of text per iteration are no multiple of "
             f"its {count} responses; change the batch_size of pretraining="
         )
-    text = (x.reshape(count, -1, x.shape[1]) for x in rollout.pretraining)
+    text = (x.reshape(count, -1, x.shape[1]) for x in pretraining)
     return MixedBatch(batch, *text), memory, metrics
 
 

@@ -32,7 +32,6 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax import abstract, advantages, losses, on_policy, online
 from rlhf_jax.abstract import Stage
 from rlhf_jax.config import Count, NonNegative
-from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import decode
 from rlhf_jax.sampling import rollout as rollouts
 from rlhf_jax.sampling.decode import Choose
@@ -63,13 +62,6 @@ class Batch(NamedTuple):
     mask: Float[Array, "B T"]  # 0 in all of a row that is not trained on, as greedy responses are
     old_logprobs: Float[Array, "B T"]
     advantages: Float[Array, " B"]
-
-
-class Result(NamedTuple):
-    """The trained policy and the metrics of each iteration run here."""
-
-    policy: Model
-    history: list[dict[str, Any]]
 
 
 # --------------------------------------------------------------------------------------- baselines
@@ -289,7 +281,7 @@ def run(
     baseline: Baseline = leave_one_out,
     loss_fn: Callable = loss,
     **inputs: Unpack[online.Inputs],
-) -> Result:
+) -> online.Result:
     """Trains `policy` on a reward, with a KL penalty to where it starts; see `online.Inputs`.
 
     With the `greedy` baseline one of the `samples_per_prompt` responses is the greedy one.
@@ -299,7 +291,7 @@ def run(
         choose = inputs.get("choose", decode.categorical)
         inputs["choose"] = greedy_first(config.samples_per_prompt, choose)
     trained, history = online.run(config, algorithm(config, baseline, loss_fn), **inputs)
-    return Result(trained["policy"], history)
+    return online.Result(trained["policy"], history)
 
 
 def programs(

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax import losses, shards
+from rlhf_jax import divergences, losses, shards
 from rlhf_jax.models import layers, transformer
 from rlhf_jax.models.transformer import Model
 
@@ -106,65 +105,26 @@ def sequence_scores(
     return scalar(model, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
 
-def over_logits(
-    fn: Callable,
-    models: tuple[Model, ...],
-    hiddens: tuple[Float[Array, "B T D"], ...],
-    tokens: Int[Array, "B T"],
-    start: int = 1,
-    chunk_bytes: int = 2**24,
-) -> Any:
-    """`fn(logits, tokens)` of the logits that predict each token, without a [B, T, V] array.
-
-    `fn` gets the logits of each model, [B, C, V] float32 with soft caps, and the tokens [B, C] of
-    some positions at a time, and returns a tree of [B, C]; the result is a tree of [B, T], aligned
-    to the tokens and 0 before column `start`. The backward pass computes the logits again. For what
-    `token_logprobs` does not give. Over a mesh each chunk gathers the head and adds up its whole
-    gradient, unlike there, so it is slow with many devices or token ids.
-    """
-    first, batch = max(start, 1), tokens.shape[0]
-    length = tokens.shape[1] - first
-    width = max(model.config.vocab_size for model in models)
-    chunk = max(1, chunk_bytes // (4 * batch * width))
-    chunks = -(-length // chunk)
-    chunk = -(-length // chunks)
-
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(batch, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def of_chunk(arrays):
-        hiddens, tokens = arrays
-        logits = tuple(map(transformer.logits, models, hiddens))
-        return fn(tuple(x.astype(jnp.float32) for x in logits), tokens)
-
-    def joined(x):
-        x = x.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :length]
-        return jnp.pad(x, ((0, 0), (first, 0)))
-
-    hiddens = tuple(split(hidden[:, first - 1 : -1]) for hidden in hiddens)
-    return jax.tree.map(joined, jax.lax.map(of_chunk, (hiddens, split(tokens[:, first:]))))
-
-
 def token_kl(
     model: Model,
     reference: Model,
-    hidden: Float[Array, "B T D"],
-    ref_hidden: Float[Array, "B T D"],
+    hiddens: tuple[Float[Array, "B T D"], Float[Array, "B T E"]],
     tokens: Int[Array, "B T"],
     temperature: losses.Scalar = 1.0,
     start: int = 1,
 ) -> Float[Array, "B T"]:
     """KL of the model's distribution of each token to the reference's, over the whole vocabulary.
 
-    Nats, [B, T]; 0 before column `start`. It has the gradient of the KL.
+    `hiddens` are the model's and the reference's. Nats, [B, T]; 0 before column `start`. It has the
+    gradient of the KL, and none for the reference.
     """
-
-    def of_chunk(logits, tokens):
-        del tokens
-        own, other = (jax.nn.log_softmax(x / temperature) for x in logits)
-        return jnp.sum(jnp.exp(own) * (own - other), axis=-1)
-
-    pair = (hidden, jax.lax.stop_gradient(ref_hidden))
-    return over_logits(of_chunk, (model, reference), pair, tokens, start)
+    first, models = max(start, 1) - 1, (model, jax.lax.stop_gradient(reference))
+    softcaps = tuple(x.config.logit_softcap for x in models)
+    found = shards.over_vocabulary(
+        functools.partial(divergences.chunked_token_kl, softcaps=softcaps),
+        (hiddens[0][:, first:], jax.lax.stop_gradient(hiddens[1])[:, first:]),
+        tuple(map(transformer.unembedding, models)),
+        tokens[:, first:],
+        temperature,
+    )
+    return jnp.pad(found, ((0, 0), (first, 0)))

@@ -143,18 +143,10 @@ def with_references(samples: Samples, prompts: Prompts, ends: Ends, every: int) 
     """The samples [M] of `prompts` [B], but in every `every`-th row the prompt's reference.
 
     The log-probabilities of these rows are 0 until `judge` fills them in.
-    Raises ValueError if there are no references, or longer ones than the longest sample.
     """
     width = prompts.tokens.shape[1]
     longest = samples.tokens.shape[1] - width
-    if prompts.references is None:
-        raise ValueError("the prompts have no references; read them with max_reference=")
-    missing = longest - prompts.references.shape[1]
-    if missing < 0:
-        raise ValueError(
-            f"references of {prompts.references.shape[1]} tokens are longer than responses, "
-            f"max_new_tokens={longest}; read them with max_reference={longest}"
-        )
+    missing = longest - prompts.references.shape[1]  # `online.run` checks that it is not below 0
     references = jnp.pad(prompts.references, ((0, 0), (0, missing)), constant_values=ends.pad_id)
     rows = samples.tokens.shape[0] // prompts.tokens.shape[0]
     references, lengths = (
@@ -238,8 +230,7 @@ def judge(
 def drawn(rollout: Rollout, every: int) -> Rollout:
     """The responses without every `every`-th one, from the first on: what was drawn at random."""
     rows = np.arange(rollout.scores.shape[0])
-    responses = rollout._replace(pretraining=None)
-    return jax.tree.map(lambda x: x[rows[rows % every > 0]], responses)
+    return jax.tree.map(lambda x: x[rows[rows % every > 0]], rollout)
 
 
 def check_scores(reward: Callable, scores: Any, count: int) -> Any:

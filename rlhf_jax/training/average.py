@@ -39,6 +39,6 @@ def moved(decay: Decay, before: Any, memory: Any, policy: Any) -> Any:
     return Averaged(memory, average)
 
 
-def policy(decay: Decay, memory: Any, trainable: dict[str, Any]) -> dict[str, Any]:
+def networks(decay: Decay, memory: Any, trainable: dict[str, Any]) -> dict[str, Any]:
     """The networks, with the average in place of the policy where there is one."""
     return trainable if decay is None else {**trainable, "policy": memory.policy}
