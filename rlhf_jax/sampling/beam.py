@@ -76,8 +76,8 @@ def _best(
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"], Int[Array, "B k"]]:
     """The `count` highest: (scores, beams, tokens), the first where several tie.
 
-    Beam by beam and, where a mesh splits the vocabulary, shard by shard first, so that the scores of
-    a shard need not leave it. (On a CPU the compiler gathers them all the same.)
+    Beam by beam and, where a mesh splits the vocabulary, shard by shard first, so that the scores
+    of a shard need not leave it. (On a CPU the compiler gathers them all the same.)
     """
     batch, beams, size = scores.shape
     parts = filters.SHARDS if size % filters.SHARDS == 0 else 1
