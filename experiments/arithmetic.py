@@ -25,37 +25,56 @@ held-out ones fell from 0.17 to 0.12: at level 1 there are only 126 sums, which 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_jax import abstract, evaluation, pipeline
 from rlhf_jax import config as configuration
 from rlhf_jax.abstract import Program
-from rlhf_jax.algorithms import grpo, ppo, reinforce, sft
-from rlhf_jax.config import Count, Share, Whole
+from rlhf_jax.algorithms import actor_critic, esrl, grpo, mrt, ppo, q_learning, reinforce, sft
+from rlhf_jax.config import Count, NonNegative, Share, Whole
 from rlhf_jax.data import batches, tokenizers
+from rlhf_jax.data.batches import Loader
 from rlhf_jax.evaluation import Evaluation, Exam
 from rlhf_jax.launch import Context, launch
 from rlhf_jax.models import transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import Sampling
+from rlhf_jax.sampling.decode import Guide
 from rlhf_jax.tasks import arithmetic
 from rlhf_jax.training.state import OptimizerConfig
 
 MAX_PROMPT, MAX_RESPONSE = 84, 24
 TOKENIZER = tokenizers.byte_tokenizer()
-# What can follow the warm start: each algorithm by the name of its settings in `Config`.
-ALGORITHMS = {"grpo": grpo, "ppo": ppo, "rloo": reinforce}
+# What can follow the warm start, each by the name of its settings in `Config`: the online
+# algorithms and, from as many answers of the warm start, "ilql".
+ALGORITHMS = {
+    "grpo": grpo,
+    "ppo": ppo,
+    "rloo": reinforce,
+    "a2c": actor_critic,
+    "mrt": mrt,
+    "esrl": esrl,
+}
 # What else they are given. RLOO makes several updates on the same responses, so it clips.
 OPTIONS = {"rloo": {"loss_fn": reinforce.clipped_loss}}
 # Without the warm-up the first steps of Adam undo what the warm start has learned.
 RATE = OptimizerConfig(learning_rate=3e-4, warmup_steps=20, final_scale=0.1)
 
 
+class ValueConfig(q_learning.Config):
+    """Settings of Q-learning, the answers it learns from, and how much its values count."""
+
+    prompts: Count = 7680
+    answers: Count = 2  # of the warm start to each of these prompts
+    guide_weight: NonNegative = 8.0  # of Q, beside log p, in decoding
+
+
 class Config(configuration.Config):
     """A new model, its warm start, one of the algorithms, and the sums that they are given."""
 
     seed: Whole = 0  # of every stage; a stage's own seed is folded into it
-    algorithm: Literal["grpo", "ppo", "rloo"] = "grpo"  # what follows the warm start
+    # What follows the warm start.
+    algorithm: Literal["grpo", "ppo", "rloo", "a2c", "mrt", "esrl", "ilql"] = "grpo"
     levels: tuple[int, ...] = (2,)  # of the sums, see tasks/arithmetic.py
     demonstrations: Count = 12000  # of each level
     wrong: Share = 0.5  # of the demonstrations, whose last result is off by 1 to 3
@@ -66,6 +85,10 @@ class Config(configuration.Config):
     grpo: grpo.Config
     ppo: ppo.Config
     rloo: reinforce.Config
+    a2c: actor_critic.Config
+    mrt: mrt.Config
+    esrl: esrl.Config
+    ilql: ValueConfig
     best_of: Count = 2  # answers to each held-out prompt: the n of best-of-n
     num_shown: Count = 8  # prompts in the table of samples
 
@@ -116,16 +139,45 @@ config = Config(
         policy_optimizer=RATE,
         kl_coef=0.0,
     ),
+    # The same number of samples in 4 times as many iterations of one update.
+    a2c=actor_critic.Config(
+        num_iterations=240,
+        batch_size=64,
+        sampling=Sampling(max_new_tokens=MAX_RESPONSE),
+        policy_optimizer=RATE,
+        critic_optimizer=OptimizerConfig(learning_rate=1e-3, final_scale=0.1),
+        kl_coef=0.0,
+        missing_eos_penalty=1.0,
+        whiten_advantages=True,
+    ),
+    mrt=mrt.Config(
+        num_iterations=60,
+        batch_size=32,
+        samples_per_prompt=8,
+        sampling=Sampling(max_new_tokens=MAX_RESPONSE),
+        num_minibatches=4,
+        policy_optimizer=RATE,
+        alpha=0.05,
+    ),
+    esrl=esrl.Config(
+        num_iterations=240,
+        batch_size=16,
+        samples_per_prompt=4,
+        train_responses=32,
+        sampling=Sampling(max_new_tokens=MAX_RESPONSE),
+        policy_optimizer=RATE,
+        kl_coef=0.0,
+    ),
+    ilql=ValueConfig(num_steps=400, batch_size=64, optimizer=RATE),
 )
 
 
 def run(config: Config, context: Context) -> dict:
     """Makes the task, trains and evaluates; returns the summary."""
     name = config.algorithm
-    algorithm, settings = ALGORITHMS[name], vars(config)[name]
+    settings = vars(config)[name]
     stages = {"sft": config.sft, name: settings}
-    longest = MAX_PROMPT + settings.sampling.max_new_tokens
-    pipeline.check(context, config.model, longest, **stages)
+    pipeline.check(context, config.model, MAX_PROMPT + MAX_RESPONSE, **stages)
     seed, levels, clock, summary = config.seed, config.levels, pipeline.Clock(), {}
 
     def demonstrations(count: int, held_out: bool) -> batches.Examples:
@@ -156,46 +208,80 @@ def run(config: Config, context: Context) -> dict:
             seed=seed,
         )
 
+    exam = pipeline.exam(
+        context,
+        task,
+        policy,
+        None,
+        sampling_of(settings),
+        config.grpo.num_responses,
+        seed=seed,
+        reward=arithmetic.reward,
+    )
     with clock(name):
-        trained = pipeline.online(
-            algorithm.run,
-            settings,
-            context,
-            task,
-            policy,
-            None,
-            stage=name,
-            seed=seed,
-            reward=arithmetic.reward,
-            **OPTIONS.get(name, {}),
-        ).policy
-
+        trained, guide = train(config, context, task, policy, exam)
     with clock("evaluation"):
-        exam = pipeline.exam(
-            context,
-            task,
-            policy,
-            None,
-            settings.sampling,
-            settings.batch_size,
-            seed=seed,
-            reward=arithmetic.reward,
-        )
-        compared = evaluation.compare(exam, policy, trained, config.best_of)
+        compared = evaluation.compare(exam, policy, trained, config.best_of, guide=guide)
         evaluation.show(context.log, compared, config.num_shown)
         summary[name] = evaluation.summarise(compared) | {
             "sampled_before": by_level(exam, compared.before),
             "sampled_after": by_level(exam, compared.after),
             "greedy_before": by_level(exam, greedy(exam, policy)),
-            "greedy_after": by_level(exam, greedy(exam, trained)),
+            "greedy_after": by_level(exam, greedy(exam, trained, guide)),
         }
     return summary | {"seconds": clock.seconds}
 
 
-def greedy(exam: Exam, policy: Model) -> Evaluation:
+def sampling_of(settings: configuration.Config) -> Sampling:
+    """How an algorithm's policy answers: as in its training, where that draws anything."""
+    return getattr(settings, "sampling", Sampling(max_new_tokens=MAX_RESPONSE))
+
+
+def train(
+    config: Config, context: Context, task: pipeline.Task, policy: Model, exam: Exam
+) -> tuple[Model, Guide | None]:
+    """The policy after the algorithm, and the action values that guide it if there are any."""
+    name = config.algorithm
+    settings = vars(config)[name]
+    if name == "ilql":
+        return policy, action_values(config, context, task, policy, exam)
+    result = pipeline.online(
+        ALGORITHMS[name].run,
+        settings,
+        context,
+        task,
+        policy,
+        None,
+        stage=name,
+        seed=config.seed,
+        reward=arithmetic.reward,
+        **OPTIONS.get(name, {}),
+    )
+    return result.policy, None
+
+
+def action_values(
+    config: Config, context: Context, task: pipeline.Task, policy: Model, exam: Exam
+) -> Guide:
+    """What ILQL makes of answers of the policy to training prompts."""
+    settings = config.ilql
+    exam = exam._replace(prompts=Loader(task.prompts.train, exam.prompts.batch_size))
+    drawn = [evaluation.evaluate(exam, policy, number) for number in range(settings.answers)]
+    rows = evaluation.scored(drawn)[: settings.prompts]
+    limits = (MAX_PROMPT, MAX_RESPONSE + 1)  # EOS after what was cut off
+    examples = batches.scored(rows, TOKENIZER, *limits, on_bad_row="drop")
+    with pipeline.runtime(context, "ilql") as where:
+        answers = Loader(examples, settings.batch_size, config.seed)
+        found = q_learning.run(
+            pipeline.seeded(config.seed, "ilql", settings), policy, answers, runtime=where
+        )
+    return Guide(found.network, settings.guide_weight)
+
+
+def greedy(exam: Exam, policy: Model, guide: Guide | None = None) -> Evaluation:
     """The most likely answers."""
     sampling = dataclasses.replace(exam.sampling, temperature=0.0)
-    return evaluation.evaluate(exam._replace(sampling=sampling), policy)
+    return evaluation.evaluate(exam._replace(sampling=sampling), policy, guide=guide)
 
 
 def by_level(exam: Exam, answers: Evaluation) -> dict[str, float]:
@@ -206,12 +292,26 @@ def by_level(exam: Exam, answers: Evaluation) -> dict[str, float]:
 
 def programs(config: Config, context: Context) -> list[Program]:
     """What `run` runs: see `abstract`. The new model stays where it is until the end."""
-    mesh, name = context.mesh, config.algorithm
-    algorithm, settings = ALGORITHMS[name], vars(config)[name]
+    mesh, name, ends = context.mesh, config.algorithm, TOKENIZER.ends
+    settings, length = vars(config)[name], MAX_PROMPT + MAX_RESPONSE
     initial = abstract.model(context.compute.of(config.model), mesh)
-    tuned = sft.programs(config.sft, initial, MAX_PROMPT + MAX_RESPONSE, mesh)
-    policy, ends = tuned.result, TOKENIZER.ends
-    aligned = algorithm.programs(
+    tuned = sft.programs(config.sft, initial, length, mesh)
+    policy = tuned.result
+
+    def answers(trained: Model, guide: Guide | None, held: Any) -> Program:
+        batch = abstract.prompts(mesh, config.grpo.num_responses, MAX_PROMPT)
+        given = {"score": None, "guide": guide, "resident": (initial, held)}
+        sampling = sampling_of(settings)
+        return evaluation.program(trained, policy, None, sampling, batch, ends, mesh, **given)
+
+    if name == "ilql":
+        learned = q_learning.programs(
+            settings, policy, length + 1, mesh, responses=settings.answers, resident=initial
+        )
+        guided = answers(policy, Guide(learned.result, settings.guide_weight), ())
+        return [*tuned.programs, *learned.programs, guided]
+    number = {"num_prompts": config.prompts * len(config.levels)} if name == "esrl" else {}
+    aligned = ALGORITHMS[name].programs(
         settings,
         policy=policy,
         max_prompt=MAX_PROMPT,
@@ -219,20 +319,11 @@ def programs(config: Config, context: Context) -> list[Program]:
         mesh=mesh,
         score=None,
         resident=initial,
+        **number,
         **OPTIONS.get(name, {}),
     )
-    answers = evaluation.program(
-        aligned.result,
-        policy,
-        None,
-        settings.sampling,
-        abstract.prompts(mesh, settings.batch_size, MAX_PROMPT),
-        ends,
-        mesh,
-        score=None,
-        resident=(initial, aligned.held if settings.eval_every else ()),
-    )
-    return [*tuned.programs, *aligned.programs, answers]
+    held = aligned.held if settings.eval_every else ()
+    return [*tuned.programs, *aligned.programs, answers(aligned.result, None, held)]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""PPO, GRPO, RLOO, RAFT and DPO side by side: one warm start, one reward, equally many samples.
+"""Algorithms side by side: one warm start, one reward, equally many samples.
 
     python experiments/side_by_side.py --workdir runs/side_by_side
 
 Every algorithm continues the policy and the reward model of the quickstart, on its task. The online
-ones draw as many responses as its PPO does. DPO draws none: it reads the comparisons that the
-reward model was trained on. Settings are one guess per algorithm, PPO's are the quickstart's.
+ones draw as many responses as its PPO does, and so does Q-learning, from the warm start and all at
+once. DPO draws none: it reads the comparisons that the reward model was trained on. Settings are
+one guess per algorithm, PPO's are the quickstart's.
 
 Result on 2 cores of an Intel Xeon, 2026-11-26, seeds 0, 1, 2, with 4 answers to each of the 128
 held-out prompts (docs/algorithms.md has the other figures):
@@ -27,12 +28,26 @@ import quickstart
 
 from rlhf_jax import abstract, evaluation, pipeline
 from rlhf_jax.abstract import Program
-from rlhf_jax.algorithms import best_of_n, dpo, grpo, online_dpo, ppo, reinforce
-from rlhf_jax.config import Count
+from rlhf_jax.algorithms import (
+    actor_critic,
+    best_of_n,
+    dpo,
+    esrl,
+    grpo,
+    mrt,
+    online_dpo,
+    ppo,
+    q_learning,
+    reinforce,
+)
+from rlhf_jax.config import Count, NonNegative
+from rlhf_jax.data import batches
+from rlhf_jax.data.batches import Loader
 from rlhf_jax.evaluation import Exam
 from rlhf_jax.launch import Context, launch
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import Sampling
+from rlhf_jax.sampling.decode import Guide
 from rlhf_jax.training.state import OptimizerConfig
 
 # The online algorithms, each by the name of its settings in `Config`. RLOO is REINFORCE with the
@@ -43,7 +58,15 @@ ONLINE = {
     "rloo": reinforce,
     "raft": best_of_n,
     "online_dpo": online_dpo,
+    "a2c": actor_critic,
+    "mrt": mrt,
+    "esrl": esrl,
+    "esrl_at_random": esrl,
 }
+# Those that learn action values from answers of the warm start, and decode by them.
+BY_VALUE = {"ilql": q_learning.ILQL, "soft_q": q_learning.SOFT_Q_PATHS}
+ALGORITHMS = (*ONLINE, "dpo", *BY_VALUE)
+NUM_PROMPTS = 384  # to train on, of `reviews.make`
 SAMPLING = Sampling(max_new_tokens=quickstart.MAX_RESPONSE)
 
 
@@ -52,26 +75,49 @@ def falling(learning_rate: float) -> OptimizerConfig:
     return OptimizerConfig(learning_rate=learning_rate, schedule="linear", final_scale=0.1)
 
 
+class ValueConfig(q_learning.Config):
+    """Settings of Q-learning, and how much its values count in decoding."""
+
+    guide_weight: NonNegative = 1.0  # of Q, beside log p
+
+
 class Config(quickstart.Config):
     """The quickstart's settings, those of the other algorithms, and which of them are run."""
 
-    algorithms: tuple[str, ...] = (*ONLINE, "dpo")
+    algorithms: tuple[str, ...] = ALGORITHMS
     grpo: grpo.Config
     rloo: reinforce.Config
     raft: best_of_n.Config
     online_dpo: online_dpo.Config
+    a2c: actor_critic.Config
+    mrt: mrt.Config
+    esrl: esrl.Config
+    esrl_at_random: esrl.Config
     dpo: dpo.Config
+    ilql: ValueConfig
+    soft_q: ValueConfig
+    answers: Count = 10  # of the warm start to each training prompt, for Q-learning
     best_of: Count = 4  # answers to each held-out prompt
 
     def check(self) -> None:
         """Raises ValueError for an algorithm that there is not."""
-        if unknown := set(self.algorithms) - {*ONLINE, "dpo"}:
+        if unknown := set(self.algorithms) - {*ALGORITHMS}:
             raise ValueError(
-                f"algorithms={self.algorithms}: {sorted(unknown)} are none of {[*ONLINE, 'dpo']}"
+                f"algorithms={self.algorithms}: {sorted(unknown)} are none of {list(ALGORITHMS)}"
             )
 
 
 SAMPLES = {"num_iterations": 30, "sampling": SAMPLING}
+# The same number of samples for what makes one update per iteration.
+MANY_UPDATES = {"num_iterations": 120, "sampling": SAMPLING}
+ESRL = esrl.Config(
+    batch_size=8,
+    samples_per_prompt=4,
+    train_responses=16,
+    policy_optimizer=falling(3e-4),
+    kl_coef=0.15,
+    **MANY_UPDATES,
+)
 
 config = Config(
     model=quickstart.config.model,
@@ -112,7 +158,31 @@ config = Config(
         beta=0.15,
         **SAMPLES,
     ),
+    a2c=actor_critic.Config(
+        batch_size=32,
+        policy_optimizer=falling(3e-4),
+        critic_optimizer=falling(1e-3),
+        kl_coef=0.15,
+        missing_eos_penalty=1.0,
+        whiten_advantages=True,
+        **MANY_UPDATES,
+    ),
+    mrt=mrt.Config(
+        batch_size=16,
+        samples_per_prompt=8,
+        num_epochs=4,
+        num_minibatches=2,
+        policy_optimizer=falling(3e-4),
+        alpha=0.05,
+        **SAMPLES,
+    ),
+    esrl=ESRL,
+    esrl_at_random=ESRL,
     dpo=dpo.Config(num_steps=200, batch_size=64, optimizer=falling(1e-4), beta=0.15),
+    ilql=ValueConfig(num_steps=300, batch_size=8, optimizer=falling(3e-4), guide_weight=4.0),
+    soft_q=ValueConfig(
+        num_steps=300, batch_size=8, optimizer=falling(3e-4), beta=0.15, guide_weight=1 / 0.15
+    ),
 )
 
 
@@ -129,8 +199,8 @@ def run(config: Config, context: Context) -> dict:
     summary["warm_up"] = measure(config, exam, data, policy)
     for name in config.algorithms:
         with clock(name):
-            trained = train(config, context, data, policy, scorer, name)
-        summary[name] = measure(config, exam, data, trained)
+            trained, guide = train(config, context, data, policy, scorer, name)
+        summary[name] = measure(config, exam, data, trained, guide)
     rows = [
         {"algorithm": name, "minutes": clock.seconds.get(name, 0.0) / 60} | summary[name]
         for name in ("warm_up", *config.algorithms)
@@ -141,11 +211,13 @@ def run(config: Config, context: Context) -> dict:
 
 def train(
     config: Config, context: Context, data: quickstart.Data, policy: Model, scorer: Model, name: str
-) -> Model:
-    """The policy after one of the algorithms."""
+) -> tuple[Model, Guide | None]:
+    """The policy after one of the algorithms, and the action values that guide it if there are."""
     settings = vars(config)[name]
+    if name in BY_VALUE:
+        return policy, action_values(config, context, data, policy, scorer, name)
     if name == "dpo":
-        return pipeline.supervised(
+        trained, _ = pipeline.supervised(
             dpo.run,
             functools.partial(dpo.evaluate, reference=policy),
             settings,
@@ -155,7 +227,8 @@ def train(
             data.comparisons,
             stage=name,
             seed=config.seed,
-        )[0]
+        )
+        return trained, None
     return pipeline.online(
         ONLINE[name].run,
         settings,
@@ -166,17 +239,45 @@ def train(
         stage=name,
         seed=config.seed,
         **options(name, scorer),
-    ).policy
+    ).policy, None
+
+
+def action_values(
+    config: Config, context: Context, data: quickstart.Data, policy: Model, scorer: Model, name: str
+) -> Guide:
+    """What Q-learning makes of answers of the policy to the training prompts."""
+    settings, size = vars(config)[name], config.ppo.batch_size
+    exam = pipeline.exam(context, data.task, policy, scorer, SAMPLING, size, seed=config.seed)
+    exam = exam._replace(prompts=Loader(data.task.prompts.train, size), gold=None)
+    drawn = [evaluation.evaluate(exam, policy, number) for number in range(config.answers)]
+    rows = evaluation.scored(drawn)
+    limits = (quickstart.MAX_PROMPT, quickstart.MAX_RESPONSE + 1)  # EOS after what was cut off
+    examples = batches.scored(rows, data.task.tokenizer, *limits, on_bad_row="drop")
+    with pipeline.runtime(context, name) as where:
+        answers = Loader(examples, settings.batch_size, config.seed)
+        settings = pipeline.seeded(config.seed, name, settings)
+        found = q_learning.run(settings, policy, answers, method=BY_VALUE[name], runtime=where)
+    return Guide(found.network, settings.guide_weight)
 
 
 def options(name: str, scorer: Model) -> dict:
     """What an algorithm is given besides policy and reward."""
-    return {"ppo": {"critic": scorer}, "rloo": {"loss_fn": reinforce.clipped_loss}}.get(name, {})
+    given = {
+        "ppo": {"critic": scorer},
+        "a2c": {"critic": scorer},
+        "rloo": {"loss_fn": reinforce.clipped_loss},
+        "esrl_at_random": {"priority": esrl.at_random},
+    }
+    return given.get(name, {})
 
 
-def measure(config: Config, exam: Exam, data: quickstart.Data, policy: Model) -> dict[str, float]:
+def measure(
+    config: Config, exam: Exam, data: quickstart.Data, policy: Model, guide: Guide | None = None
+) -> dict[str, float]:
     """Means over `best_of` answers to each held-out prompt."""
-    answers = [evaluation.evaluate(exam, policy, number) for number in range(config.best_of)]
+    answers = [
+        evaluation.evaluate(exam, policy, number, guide=guide) for number in range(config.best_of)
+    ]
     found = [
         evaluation.figures(one)
         | {
@@ -190,34 +291,59 @@ def measure(config: Config, exam: Exam, data: quickstart.Data, policy: Model) ->
 
 def programs(config: Config, context: Context) -> list[Program]:
     """What `run` runs: see `abstract`."""
-    length, mesh = quickstart.MAX_PROMPT + quickstart.MAX_RESPONSE, context.mesh
     warm, *held = quickstart.warm_up_programs(config, context)
-    _, policy, scorer = held
-    found = [*warm]
+    found = [*warm, answering(config, context, held)]
     for name in config.algorithms:
-        settings = vars(config)[name]
-        if name == "dpo":
-            found += dpo.programs(settings, policy, length, mesh, resident=held).programs
-            continue
-        found += (
-            ONLINE[name]
-            .programs(
-                settings,
-                policy=policy,
-                scorer=scorer,
-                max_prompt=quickstart.MAX_PROMPT,
-                ends=quickstart.ENDS,
-                mesh=mesh,
-                resident=held,
-                **options(name, scorer),
-            )
-            .programs
+        listed = programs_of(config, context, held, name)
+        found += [x._replace(name=f"{name}: {x.name.split(': ')[1]}") for x in listed]
+    return found
+
+
+def programs_of(config: Config, context: Context, held: list[Model], name: str) -> list[Program]:
+    """What one of the algorithms runs; `held` are the new model, the policy and the scorer."""
+    settings, (_, policy, scorer) = vars(config)[name], held
+    length = quickstart.MAX_PROMPT + quickstart.MAX_RESPONSE
+    if name == "dpo":
+        return dpo.programs(settings, policy, length, context.mesh, resident=held).programs
+    if name in BY_VALUE:
+        method = {"responses": config.answers, "method": BY_VALUE[name]}
+        stage = q_learning.programs(
+            settings, policy, length + 1, context.mesh, resident=held, **method
         )
-    batch = abstract.prompts(mesh, config.ppo.batch_size, quickstart.MAX_PROMPT)
-    answers = evaluation.program(
-        policy, policy, scorer, SAMPLING, batch, quickstart.ENDS, mesh, resident=held
+        guide = Guide(stage.result, settings.guide_weight)
+        return [*stage.programs, answering(config, context, held, guide)]
+    number = {"num_prompts": NUM_PROMPTS} if ONLINE[name] is esrl else {}
+    stage = ONLINE[name].programs(
+        settings,
+        policy=policy,
+        scorer=scorer,
+        max_prompt=quickstart.MAX_PROMPT,
+        ends=quickstart.ENDS,
+        mesh=context.mesh,
+        resident=held,
+        **number,
+        **options(name, scorer),
     )
-    return [*found, answers]
+    return stage.programs
+
+
+def answering(
+    config: Config, context: Context, held: list[Model], guide: Guide | None = None
+) -> Program:
+    """What draws answers, here and for Q-learning."""
+    _, policy, scorer = held
+    batch = abstract.prompts(context.mesh, config.ppo.batch_size, quickstart.MAX_PROMPT)
+    return evaluation.program(
+        policy,
+        policy,
+        scorer,
+        SAMPLING,
+        batch,
+        quickstart.ENDS,
+        context.mesh,
+        guide=guide,
+        resident=held,
+    )
 
 
 if __name__ == "__main__":

@@ -122,6 +122,8 @@ def supervised(
     loss_fn: Callable,
     name: str,
     frozen: dict[str, Any] | None = None,
+    init: Callable = loop.init_state,
+    update: Callable = loop.update,
     resident: Any = (),
 ) -> Stage:
     """What `loop.fit` runs with these arguments; `result` are the models by name.
@@ -133,10 +135,8 @@ def supervised(
     given = {**bases, **(frozen or {})}
     trained, frozen = loop.arranged(mesh, trainable, given)
     with jax.set_mesh(mesh):
-        state, restored = (
-            sharding.abstract(mesh, loop.init_state, config, trained) for _ in range(2)
-        )
-        step = loop.supervised_program(loss_fn, mesh, state, frozen)
+        state, restored = (sharding.abstract(mesh, init, config, trained) for _ in range(2))
+        step = loop.supervised_program(loss_fn, mesh, state, frozen, update)
     held = (models, given, frozen, resident)
     rows = _rows(batch) // config.micro_batches
     programs = [
@@ -214,8 +214,7 @@ def online(
         programs = algorithms.compile_programs(algorithm, Drawing(ends), score, mesh, state, frozen)
         params = partition.combine(frozen, state.train.trainable)
         if programs.prepare is not None:
-            memory = algorithms.memory_of(config, state)
-            prepared = jax.eval_shape(programs.prepare, config, memory, batch)
+            prepared = jax.eval_shape(programs.prepare, config, state.memory, batch)
             batch = sharding.abstract_rows(mesh, prepared)
         drawing = (config, params, state.iteration, batch)
         drawn = sharding.abstract_rows(mesh, jax.eval_shape(programs.sample, *drawing))
@@ -225,7 +224,7 @@ def online(
         batch, _, _ = jax.eval_shape(
             functools.partial(algorithm.make_batch, config),
             params,
-            *algorithms.batch_inputs(config, state, rollout),
+            *algorithms.batch_inputs(state, rollout),
         )
     held = (policy, scorer, critic, frozen, resident, state)
     slices, updating = config.micro_batches, (config, state, frozen, rollout)
@@ -239,7 +238,7 @@ def online(
             Program(f"{name}: update", programs.update, updating, held, minibatch, updates=True),
             Program(f"{name}: restore", None, (), (held, restored), responses),
         ],
-        loop.models_of(given, algorithms.returned(config, state))["policy"],
+        loop.models_of(given, algorithms.returned(state))["policy"],
         held,
     )
 

@@ -24,7 +24,7 @@ from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import host, learned
 from rlhf_jax.sampling import rollout as rollouts
 from rlhf_jax.sampling import settings
-from rlhf_jax.sampling.decode import Sampling
+from rlhf_jax.sampling.decode import Guide, Sampling
 from rlhf_jax.sampling.rollout import Drawing, Score
 from rlhf_jax.training.metrics import Log
 
@@ -80,8 +80,8 @@ class Comparison(NamedTuple):
     best_of_n: Evaluation
 
 
-def answer(exam: Exam, policy: Model, number: int = 0) -> Answers:
-    """Answer `number` of `policy` to every prompt, scored by the exam's reward.
+def answer(exam: Exam, policy: Model, number: int = 0, *, guide: Guide | None = None) -> Answers:
+    """Answer `number` of `policy`, tilted by the guide, to every prompt; the exam's reward scores.
 
     A reward in Python reads texts, which are made in `assess`: here the scores are then 0.
     """
@@ -94,7 +94,7 @@ def answer(exam: Exam, policy: Model, number: int = 0) -> Answers:
         (Drawing(exam.tokenizer.ends), score, exam.micro_batches),
         (
             exam.sampling,
-            {"policy": policy, "reference": exam.reference, "scorer": exam.scorer},
+            {"policy": policy, "reference": exam.reference, "scorer": exam.scorer, "guide": guide},
             key,
             jnp.int32(number),
         ),
@@ -104,6 +104,7 @@ def answer(exam: Exam, policy: Model, number: int = 0) -> Answers:
 
 
 def _answer(drawing, score, micro_batches, sampling, params, key, number, prompts) -> Answers:
+    guide = params["guide"]
     samples, index = rollouts.sample(
         params["policy"],
         prompts,
@@ -111,6 +112,7 @@ def _answer(drawing, score, micro_batches, sampling, params, key, number, prompt
         sampling=sampling,
         drawing=drawing,
         first_sample=number,
+        guide=guide,
     )
     judged = rollouts.judge(
         params, samples, index, sampling=sampling, score=score, micro_batches=micro_batches
@@ -120,7 +122,7 @@ def _answer(drawing, score, micro_batches, sampling, params, key, number, prompt
         judged.tokens,
         judged.attend,
         judged.mask,
-        judged.old_logprobs,
+        judged.old_logprobs if guide is None else samples.logprobs,
         judged.ref_logprobs,
         judged.scores,
         judged.lengths,
@@ -138,6 +140,7 @@ def program(
     *,
     name: str = "evaluation: answer",
     score: Score | None = learned.score,
+    guide: Guide | None = None,
     resident: Any = (),
 ) -> Program:
     """What `answer` runs on a batch of prompts. All but `sampling` are shapes: see `abstract`.
@@ -145,16 +148,18 @@ def program(
     `score=None` is for an exam with a reward in Python.
     """
     key, number = abstract.whole(mesh, (jax.random.key(0), jnp.int32(0)))
-    params = {"policy": policy, "reference": reference, "scorer": scorer}
+    params = {"policy": policy, "reference": reference, "scorer": scorer, "guide": guide}
     static = (Drawing(ends), score, 1)
     arguments = (sampling, params, key, number)
     found = abstract.over_rows(name, _answer, static, arguments, batch, mesh, resident)
     return found._replace(max_trips=abstract.max_trips(sampling))
 
 
-def evaluate(exam: Exam, policy: Model, number: int = 0) -> Evaluation:
+def evaluate(
+    exam: Exam, policy: Model, number: int = 0, *, guide: Guide | None = None
+) -> Evaluation:
     """Answer `number` of `policy` to every prompt, as texts and figures."""
-    return assess(exam, answer(exam, policy, number))
+    return assess(exam, answer(exam, policy, number, guide=guide))
 
 
 def assess(exam: Exam, answers: Answers) -> Evaluation:
@@ -169,6 +174,18 @@ def assess(exam: Exam, answers: Answers) -> Evaluation:
     nats = -np.sum(answers.ref_logprobs * answers.mask, axis=1)
     kl = np.sum(answers.logprobs * answers.mask, axis=1) + nats
     return Evaluation(prompts, responses, gold, scores, kl, nats, answers.lengths)
+
+
+def scored(found: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Several answers to each prompt as rows with their scores: what `batches.scored` reads."""
+    return [
+        {
+            "prompt": prompt,
+            "responses": [one.responses[i] for one in found],
+            "scores": [float(one.scores[i]) for one in found],
+        }
+        for i, prompt in enumerate(found[0].prompts)
+    ]
 
 
 def figures(found: Evaluation) -> dict[str, float]:
@@ -186,15 +203,17 @@ def held_out(figures: dict[str, float]) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in figures.items()}
 
 
-def compare(exam: Exam, before: Model, after: Model, best_of: int) -> Comparison:
+def compare(
+    exam: Exam, before: Model, after: Model, best_of: int, *, guide: Guide | None = None
+) -> Comparison:
     """Both policies, and best-of-n of the first, on the same prompts with the same noise.
 
     Each policy answers every prompt n = `best_of` times, and all answers count. Best-of-n is the
-    answer of the first policy to a prompt that has the highest score.
+    answer of the first policy to a prompt that has the highest score. A guide tilts the second one.
     """
-    numbers = range(best_of)
     drawn_before, drawn_after = (
-        [evaluate(exam, policy, i) for i in numbers] for policy in (before, after)
+        [evaluate(exam, policy, i, guide=by) for i in range(best_of)]
+        for policy, by in ((before, None), (after, guide))
     )
     best = np.argmax(np.stack([drawn.scores for drawn in drawn_before]), axis=0)
     picked = [_row(drawn_before[k], i) for i, k in enumerate(best)]

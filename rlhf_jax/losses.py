@@ -120,22 +120,22 @@ def _scaled_backward(raw, logits, gradient, temperature, softcap):
     return inner * slope, (d_temperature, jnp.sum(inner * (capped - raw / softcap * slope)))
 
 
-def _columns(tokens, size, vocabulary):
+def columns(tokens, size, vocabulary):
     """Which column of a shard of `size` each token is; outside of [0, size) on another shard."""
     return tokens if vocabulary is None else tokens - jax.lax.axis_index(vocabulary) * size
 
 
 def _chunk_logprobs(vocabulary, logits, tokens):
     """Log-probabilities, entropies and log-sum-exp of the positions of one chunk, [B, C] each."""
-    columns, size = _columns(tokens, logits.shape[-1], vocabulary), logits.shape[-1]
-    chosen = jnp.take_along_axis(logits, jnp.clip(columns, 0, size - 1)[..., None], axis=-1)[..., 0]
+    column, size = columns(tokens, logits.shape[-1], vocabulary), logits.shape[-1]
+    chosen = jnp.take_along_axis(logits, jnp.clip(column, 0, size - 1)[..., None], axis=-1)[..., 0]
     if vocabulary is None:
         total = jax.nn.logsumexp(logits, axis=-1)
     else:
         largest = jax.lax.pmax(jnp.max(logits, axis=-1), vocabulary)
         weight = jax.lax.psum(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1), vocabulary)
         total = largest + jnp.log(weight)
-        here = (columns >= 0) & (columns < size)
+        here = (column >= 0) & (column < size)
         chosen = jax.lax.psum(jnp.where(here, chosen, 0.0), vocabulary)
         size *= jax.lax.axis_size(vocabulary)
     # An id that is no token must not pass for another one.
@@ -186,7 +186,7 @@ def _of_chunks_backward(vocabulary, entropy_gradient, saved, gradients):
         hidden, tokens, total, (gradient, of_entropy), entropy = arrays
         raw = head_logits(hidden, unembedding)
         logits = scaled_logits(raw, temperature, softcap)
-        is_token = jnp.arange(size) == _columns(tokens, size, vocabulary)[..., None]
+        is_token = jnp.arange(size) == columns(tokens, size, vocabulary)[..., None]
         p = jnp.exp(logits - total[..., None])
         d_logits = gradient[..., None] * (is_token - p)
         if entropy_gradient:

@@ -41,7 +41,7 @@ from rlhf_jax.sampling import decode, settings
 from rlhf_jax.sampling import rollout as rollouts
 from rlhf_jax.sampling.decode import Choose, Processor, Samples
 from rlhf_jax.sampling.rollout import Drawing, Outputs, Rollout, Score
-from rlhf_jax.training import average, loop
+from rlhf_jax.training import loop
 from rlhf_jax.training import state as training
 from rlhf_jax.training.loop import Runtime
 from rlhf_jax.training.metrics import Display
@@ -226,8 +226,10 @@ def _checked(config: Config, made: Any) -> tuple[Any, Any, dict[str, Array]]:
 def init_state(config: Config, memory: Any, trainable: dict) -> State:
     """State before the first iteration."""
     memory = jax.tree.map(jnp.copy, memory)
-    memory = average.start(config.ema_decay, memory, trainable.get("policy"))
-    return State(training.init_state(make_optimizer(config), trainable), jnp.int32(0), memory)
+    train = training.init_state(make_optimizer(config), trainable)
+    if config.ema_decay is not None:
+        train = training.averaging(train, "policy")
+    return State(train, jnp.int32(0), memory)
 
 
 def update(
@@ -246,7 +248,7 @@ def update(
     """
     params = partition.combine(frozen, state.train.trainable)
     with explained_tracing():
-        made = make_batch(config, params, *batch_inputs(config, state, rollout))
+        made = make_batch(config, params, *batch_inputs(state, rollout))
     batch, memory, metrics = _checked(config, made)
     optimizer, size = make_optimizer(config), jax.tree.leaves(batch)[0].shape[0]
 
@@ -281,28 +283,21 @@ def update(
             num_epochs=config.num_epochs,
         ),
     }
-    memory = average.moved(config.ema_decay, state.memory, memory, train.trainable.get("policy"))
-    new = State(train, state.iteration + 1, memory)
+    new = State(training.averaged(train, config.ema_decay), state.iteration + 1, memory)
     old = state._replace(train=train)  # gradient_step has kept the last good parameters
     good = train.bad_step < 0
     return jax.tree.map(lambda x, y: jnp.where(good, x, y), new, old), metrics
 
 
-def memory_of(config: Config, state: State) -> Any:
-    """What the algorithm itself carries from one iteration to the next."""
-    return average.own(config.ema_decay, state.memory)
-
-
-def batch_inputs(config: Config, state: State, rollout: Rollout) -> tuple:
+def batch_inputs(state: State, rollout: Rollout) -> tuple:
     """What `make_batch` is given after the parameters: memory, rollout, text if there is any."""
     text = () if rollout.pretraining is None else (rollout.pretraining,)
-    return memory_of(config, state), rollout._replace(pretraining=None), *text
+    return state.memory, rollout._replace(pretraining=None), *text
 
 
-def returned(config: Config, state: State) -> training.TrainState:
+def returned(state: State) -> training.TrainState:
     """The train state with the policy that a run returns: see `Config.ema_decay`."""
-    chosen = average.networks(config.ema_decay, state.memory, state.train.trainable)
-    return state.train._replace(trainable=chosen)
+    return state.train._replace(trainable=state.train.trainable | (state.train.average or {}))
 
 
 # --------------------------------------------------------------------------------------- the run
@@ -397,7 +392,7 @@ def run(
         )
 
         def figures(done: int, state: State) -> dict[str, float]:
-            return evaluate(done, loop.models_of(given, returned(config, state))["policy"])
+            return evaluate(done, loop.models_of(given, returned(state))["policy"])
 
         state, history = loop.train(
             functools.partial(_iterate, config, programs, mesh, frozen, host_scores),
@@ -415,7 +410,7 @@ def run(
             observe=observe,
             evaluate=figures,
         )
-    return loop.models_of(given, returned(config, state)), history
+    return loop.models_of(given, returned(state)), history
 
 
 def _check_inputs(algorithm, config, mesh, policy, prompts, scorer, score, reward) -> Score | None:
@@ -479,7 +474,7 @@ def _iterate(
     params = partition.combine(frozen, state.train.trainable)
     prompts, text = sharding.put_rows(mesh, batch)
     if programs.prepare is not None:
-        prompts = programs.prepare(config, memory_of(config, state), prompts)
+        prompts = programs.prepare(config, state.memory, prompts)
     samples, index = programs.sample(config, params, state.iteration, prompts)
     rollout = programs.judge(config, params, samples, index)._replace(pretraining=text)
     parts = {}

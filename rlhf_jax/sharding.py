@@ -31,7 +31,7 @@ RULES = (
     (r"(out|down)/kernel$", P("tensor", "fsdp")),  # [H * Dh, D] or [F, D]
     (r"(query|key|value|gate|up)/bias$", P("tensor")),  # [H * Dh] or [F]
     (r"(out|down)/bias$", P()),
-    (r"head/kernel$", P("fsdp", "tensor")),  # [D, V]
+    (r"(head|\bq|twin)/kernel$", P("fsdp", "tensor")),  # [D, V]
     (r"lora_a$", P("fsdp", None)),  # [in, rank]
     (r"lora_b$", P(None, "fsdp")),  # [rank, out]
     (r"score/kernel$", P("fsdp", None)),  # [D, 1]

@@ -35,6 +35,7 @@ from rlhf_jax.models import heads, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import beam, decode
 from rlhf_jax.sampling.beam import Beam
+from rlhf_jax.sampling.decode import Guide
 from rlhf_jax.sampling.settings import Sampling, check_vocabulary
 from rlhf_jax.training.metrics import Display, Log
 
@@ -51,6 +52,7 @@ def generate(
     prompts: Sequence[Prompt],
     sampling: Sampling = DEFAULTS,
     *,
+    guide: Guide | None = None,
     seed: int = 0,
     num_samples: int = 1,
     batch_size: int = 16,
@@ -61,8 +63,9 @@ def generate(
 
     N prompts -> N * num_samples texts, in which EOS is left out; no prompts give []. Sample k of
     prompt i is a function of (seed, i, k) and of the prompt. The other prompts do not change it,
-    and neither does `batch_size`, the number of answers that are drawn together. `progress` shows
-    how many batches are done; the first one waits for the compiler.
+    and neither does `batch_size`, the number of answers that are drawn together. A `guide` tilts
+    the model by action values (see `q_learning`). `progress` shows how many batches are done; the
+    first one waits for the compiler.
 
     Raises ValueError, naming the prompt by its number from 0, where it has no tokens or leaves no
     room for `sampling.max_new_tokens`, for messages without a chat template, and where the mesh of
@@ -76,7 +79,7 @@ def generate(
         (*one, np.int32(i), np.int32(k)) for i, one in enumerate(asked) for k in range(num_samples)
     ]
     root = jax.random.key(seed)
-    program = functools.partial(_answers, model, sampling, root, ends=tokenizer.ends)
+    program = functools.partial(_answers, model, guide, sampling, root, ends=tokenizer.ends)
     found = _in_batches("answers", program, rows, batch_size, model, progress)
     return [_said(tokenizer, ids[i // num_samples], *one) for i, one in enumerate(found)]
 
@@ -274,7 +277,7 @@ def _named(i: int, prompt: Prompt) -> str:
 
 
 @functools.partial(jax.jit, static_argnames="ends")
-def _answers(model, sampling, root, tokens, attend, index, sample, *, ends):
+def _answers(model, guide, sampling, root, tokens, attend, index, sample, *, ends):
     """Answers to prompts [B, P]: (tokens [B, R], lengths [B]).
 
     `index` [B] are the numbers of the prompts and `sample` [B] those of the answers.
@@ -285,7 +288,8 @@ def _answers(model, sampling, root, tokens, attend, index, sample, *, ends):
         return decode.row_keys(root, prompt[None], number)[0]
 
     keys = jax.vmap(key)(index, sample)
-    drawn = decode.sample(model, tokens, attend, keys, sampling=sampling, ends=ends)
+    how = {"sampling": sampling, "ends": ends, "guide": guide}
+    drawn = decode.sample(model, tokens, attend, keys, **how)
     return drawn.tokens[:, tokens.shape[1] :], drawn.lengths
 
 

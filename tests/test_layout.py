@@ -37,7 +37,7 @@ LAYERS = {
     "training": 2,
     "losses.py": 1,
     "preference_losses.py": 1,
-    "divergences.py": 1,
+    "vocabulary.py": 1,
     "advantages.py": 1,
     "sharding.py": 0,
     "allocator.py": 0,
@@ -297,7 +297,7 @@ def test_align_is_called_where_outputs_become_per_token_arrays_and_nowhere_else(
     assert calls == {
         ("losses.py", "token_logprobs"),
         ("losses.py", "chunked_token_logprobs"),
-        ("divergences.py", "chunked_token_kl"),
+        ("vocabulary.py", "chunked"),
         ("models/heads.py", "token_values"),
     }
 

@@ -81,9 +81,9 @@ def of_update(trainable: dict, frozen: dict, attend: Int[Array, "*b T"]) -> Floa
     rows = attend.reshape(-1, attend.shape[-1])
     total = jnp.float32(0.0)
     for name, model in _models(trainable, frozen).items():
-        speaks = "head" in model.weights or not transformer.has_score_head(model)
+        speaks = {"head", "q"} & model.weights.keys() or not transformer.has_score_head(model)
         passes = _passes(name, trainable, frozen)
-        total += passes * _of_rows(model.config, rows, jnp.sum(rows > 0) * speaks)
+        total += passes * _of_rows(model.config, rows, jnp.sum(rows > 0) * bool(speaks))
     return total
 
 

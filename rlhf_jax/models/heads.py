@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax import divergences, losses, shards
+from rlhf_jax import losses, shards, vocabulary
 from rlhf_jax.models import layers, transformer
 from rlhf_jax.models.transformer import Model
 
@@ -121,7 +121,7 @@ def token_kl(
     first, models = max(start, 1) - 1, (model, jax.lax.stop_gradient(reference))
     softcaps = tuple(x.config.logit_softcap for x in models)
     found = shards.over_vocabulary(
-        functools.partial(divergences.chunked_token_kl, softcaps=softcaps),
+        vocabulary.of_heads(vocabulary.token_kl, softcaps=softcaps),
         (hiddens[0][:, first:], jax.lax.stop_gradient(hiddens[1])[:, first:]),
         tuple(map(transformer.unembedding, models)),
         tokens[:, first:],

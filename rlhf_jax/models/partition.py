@@ -3,7 +3,8 @@
     trainable, frozen = partition({"policy": policy, "critic": critic})
     params = combine(frozen, trainable)      # what a loss is given
 
-A model with a LoRA adapter trains the adapter and its scalar head and freezes the rest; any other
+A model with a LoRA adapter trains the adapter and the heads that are new (a scalar head, those of
+action values) and freezes the rest; any other
 model is trained whole. The functions are named after equinox's. Nothing is copied: the parts hold
 the models' own arrays, so that models which share a base still share it.
 """
@@ -78,7 +79,7 @@ def in_compute_type(models: dict[str, Any]) -> dict[str, Any]:
 
 def _is_trained(path: Path) -> bool:
     """Whether training changes this array of a model that has an adapter."""
-    return path[-1] in lora.TRAINED or path[0] == "score"
+    return path[-1] in lora.TRAINED or path[0] in ("score", "q", "twin")
 
 
 def _is_frozen(path: Path) -> bool:

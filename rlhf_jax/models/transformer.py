@@ -89,8 +89,9 @@ class Model:
 
     config: Config = dataclasses.field(metadata={"static": True})
     # Nested dictionaries: "embed", "layer_0", "layer_1", ... and "norm"; "head", the language-model
-    # head, unless it is tied; "score", the scalar head, in a reward model or critic. In training
-    # the first layers may be stacked in "layers": see `stacking`.
+    # head, unless it is tied; "score", the scalar head, in a reward model or critic; "q" and "twin"
+    # in a network of `action_values`. In training the first layers may be stacked in "layers": see
+    # `stacking`.
     weights: Any
 
 
@@ -301,6 +302,7 @@ class Trunk(nn.Module):
 
 
 STACK = "layers"  # the key of the stacked layers in the weights
+HEADS = ("head", "score", "q", "twin")  # the keys of what reads the final hidden states
 
 
 def layer_name(i: int) -> str:
@@ -427,7 +429,7 @@ def logits(model: Model, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
 
 def trunk_weights(model: Model) -> dict:
     """The weights that `Trunk` reads: all but those of the heads."""
-    return {k: v for k, v in model.weights.items() if k not in ("head", "score")}
+    return {k: v for k, v in model.weights.items() if k not in HEADS}
 
 
 def init(shape: Config, key: Array) -> Model:

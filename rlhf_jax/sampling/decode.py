@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlhf_jax import shards
 from rlhf_jax.data.records import Ends
-from rlhf_jax.models import decoding, transformer
+from rlhf_jax.models import action_values, decoding, transformer
 from rlhf_jax.sampling import filters, penalties
 from rlhf_jax.sampling.settings import History, Processor, Sampling
 
@@ -26,6 +26,16 @@ BLOCK = 16  # tokens between two checks of whether every row is done
 
 
 Choose = Callable[[Array, Array], Array]  # (logits [B, V], keys [B]) -> tokens [B]
+
+
+class Guide(NamedTuple):
+    """Action values that tilt a policy: tokens are drawn from softmax(log p + weight * Q).
+
+    The softmax is the same for advantages Q - V, because V is one number for all tokens.
+    """
+
+    network: transformer.Model  # of `models.action_values`
+    weight: float | Array
 
 
 class Samples(NamedTuple):
@@ -345,6 +355,7 @@ def sample(
     choose: Choose = categorical,
     processors: tuple[Processor, ...] = (),
     heat: Float[Array, " B"] | None = None,
+    guide: Guide | None = None,
 ) -> Samples:
     """Continues left-padded prompts until EOS, by at most `sampling.max_new_tokens` tokens.
 
@@ -355,20 +366,31 @@ def sample(
     A pure function, to be jitted (with `ends`, `choose` and `processors` static). The processors
     change the logits one after another, after the penalties and the temperature of `sampling` and
     before its filters; then `choose` draws, except at temperature 0: see `draw`. `heat` multiplies
-    the temperature of each prompt's responses, but not that of the policy's log-probabilities.
+    the temperature of each prompt's responses, but not that of the policy's log-probabilities. With
+    a `guide` the tilted policy is the policy: temperature, penalties and filters apply to it, and
+    `logprobs` are its own.
     Raises ValueError if `pad_id` is an EOS id, if rows are too long for the model, if the prompts
-    do not divide the keys, or, outside of jit, as `check_prompts` does.
+    do not divide the keys, if a guide has no action values, or, outside of jit, as `check_prompts`
+    does.
     """
     check_sampling(prompts, attend, ends)
     rows = _rows_of_each(prompts, keys)
-    model = decoding.weights_for(model)
+    models = [model] if guide is None else [model, guide.network]
+    models = [decoding.weights_for(x) for x in models]
     size = prompts.shape[1] + sampling.max_new_tokens
-    hidden, cache = decoding.prefill(model, prompts, attend, size, rows)
+    hiddens, caches = zip(*(decoding.prefill(x, prompts, attend, size, rows) for x in models))
     prompts, attend = (jnp.repeat(x, rows, axis=0) for x in (prompts, attend))
 
-    def step(cache, token):
-        hidden, cache = decoding.decode(model, cache, token)
-        return transformer.logits(model, hidden), cache
+    def logits(hiddens):
+        found = transformer.logits(models[0], hiddens[0])
+        if guide is None:
+            return found
+        return found + guide.weight * action_values.values(models[1], hiddens[1])
+
+    def step(caches, token):
+        found = [decoding.decode(*x, token) for x in zip(models, caches)]
+        hiddens, caches = zip(*found)
+        return logits(hiddens), caches
 
     def penalise(logits, tokens, count):
         return penalties.apply(sampling, ends, logits, History(prompts, attend, tokens, count))
@@ -383,8 +405,8 @@ def sample(
 
     drawn = decode_loop(
         step,
-        cache,
-        jnp.repeat(transformer.logits(model, hidden), rows, axis=0),
+        caches,
+        jnp.repeat(logits(hiddens), rows, axis=0),
         keys,
         sampling=sampling,
         ends=ends,

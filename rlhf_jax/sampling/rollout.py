@@ -23,7 +23,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import heads, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import decode
-from rlhf_jax.sampling.decode import Choose, Processor, Samples, Sampling
+from rlhf_jax.sampling.decode import Choose, Guide, Processor, Samples, Sampling
 
 # A reward on the device: (params, tokens [B, T], attend [B, T], mask [B, T]) -> scores [B].
 Score = Callable[[Any, Array, Array, Array], Array]
@@ -117,6 +117,7 @@ def sample(
     drawing: Drawing,
     first_sample: int | Array = 0,
     rows: int = 1,
+    guide: Guide | None = None,
 ) -> tuple[Samples, Int[Array, " M"]]:
     """Samples `rows` responses to each row of `prompts`: (samples, the prompts' numbers).
 
@@ -135,6 +136,7 @@ def sample(
         choose=drawing.choose,
         processors=drawing.processors,
         heat=prompts.heat,
+        guide=guide,
     )
     return shards.constrain_rows(samples), index
 

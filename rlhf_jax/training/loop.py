@@ -142,6 +142,22 @@ def _on_host(observe: Callable | None, record: Any, figures: dict) -> dict[str, 
     return figures if observe is None else observe(sharding.to_host(record)) | figures
 
 
+def init_state(config: Config, trainable: Any) -> TrainState:
+    """The state before the first update."""
+    return training.init_state(
+        training.make_optimizer(config.optimizer, config.num_steps), trainable
+    )
+
+
+def update(loss_fn: Callable, config: Config, state: TrainState, frozen: dict, batch: Any):
+    """One update of `loss_fn(config, params, batch)`: (state, metrics)."""
+    optimizer = training.make_optimizer(config.optimizer, config.num_steps)
+    rate = training.schedule(config.optimizer, config.num_steps)(state.step)
+    loss_of = functools.partial(loss_fn, config)
+    state, metrics = training.gradient_step(loss_of, optimizer, state, frozen, batch)
+    return state, {**metrics, "lr": rate}
+
+
 def fit(
     config: Config,
     models: dict[str, Any],
@@ -153,13 +169,17 @@ def fit(
     runtime: Runtime,
     frozen: dict[str, Any] | None = None,
     evaluate: Callable[[int, dict], dict[str, float]] | None = None,
+    init: Callable[[Config, Any], TrainState] = init_state,
+    update: Callable = update,
 ) -> tuple[dict, list[dict[str, Any]]]:
     """Trains `models` for `config.num_steps` updates of `loss_fn(config, params, batch)`.
 
     `frozen` holds models that the loss only reads (DPO's reference); `params` holds these and the
     trained ones. In a model with an adapter only the adapter is trained. `evaluate(done, params)`
-    gives held-out figures every `config.eval_every` steps. Returns the trained models and the
-    metrics of every step that ran here; the caller's arrays are left alone.
+    gives held-out figures every `config.eval_every` steps. `init` and `update`, functions like
+    those of this module, are for what changes with the networks, such as averages of them. Returns
+    the trained models and the metrics of every step that ran here; the caller's arrays are left
+    alone.
     Raises ValueError for a batch that does not divide over the mesh or differs from the loader's.
     """
     check_batch_size(config.batch_size, batches)
@@ -172,9 +192,9 @@ def fit(
         trainable, bases = sharding.place(runtime.mesh, partition.partition(models))
         given = {**bases, **sharding.place(runtime.mesh, frozen or {})}
         trained, frozen = arranged(runtime.mesh, trainable, given)
-        state = sharding.initialise(runtime.mesh, init_state, config, trained)
+        state = sharding.initialise(runtime.mesh, init, config, trained)
         del trained  # the state holds a copy
-        program = supervised_program(loss_fn, runtime.mesh, state, frozen)
+        program = supervised_program(loss_fn, runtime.mesh, state, frozen, update)
 
         def step(state, batch):
             batch = sharding.put_rows(runtime.mesh, batch)
@@ -211,7 +231,13 @@ def models_of(given: dict, state: TrainState) -> dict:
     return partition.combine(given, stacking.unstack_all(state.trainable))
 
 
-def supervised_program(loss_fn: Callable, mesh: jax.sharding.Mesh, state, frozen: dict) -> Callable:
+def supervised_program(
+    loss_fn: Callable,
+    mesh: jax.sharding.Mesh,
+    state,
+    frozen: dict,
+    update: Callable = update,
+) -> Callable:
     """The compiled step `(config, state, frozen, batch) -> (state, metrics, tokens)`.
 
     The state keeps its shardings and is donated; frozen models are neither donated nor copied; the
@@ -222,30 +248,14 @@ def supervised_program(loss_fn: Callable, mesh: jax.sharding.Mesh, state, frozen
     replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
     return compiled(
         _step,
-        (loss_fn,),
+        (update, loss_fn),
         in_shardings=(replicated, state_shardings, frozen_shardings, rows),
         out_shardings=(state_shardings, replicated, replicated),
         donate=(1,),
     )
 
 
-def init_state(config: Config, trainable: Any) -> TrainState:
-    """The state before the first update."""
-    return training.init_state(
-        training.make_optimizer(config.optimizer, config.num_steps), trainable
-    )
-
-
-def update(loss_fn: Callable, config: Config, state: TrainState, frozen: dict, batch: Any):
-    """One update of `loss_fn(config, params, batch)`: (state, metrics)."""
-    optimizer = training.make_optimizer(config.optimizer, config.num_steps)
-    rate = training.schedule(config.optimizer, config.num_steps)(state.step)
-    loss_of = functools.partial(loss_fn, config)
-    state, metrics = training.gradient_step(loss_of, optimizer, state, frozen, batch)
-    return state, {**metrics, "lr": rate}
-
-
-def _step(loss_fn: Callable, config: Config, state: TrainState, frozen: dict, batch: Any):
+def _step(update, loss_fn, config: Config, state: TrainState, frozen: dict, batch: Any):
     """`update`, with the model FLOPs among its metrics, and the real tokens of the batch."""
     work = flops.of_update(state.trainable, frozen, batch.attend)
     state, metrics = update(loss_fn, config, state, frozen, batch)

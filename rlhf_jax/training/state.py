@@ -45,13 +45,15 @@ class TrainState(NamedTuple):
     """What a step changes: the trained part of the models and the optimizer's state.
 
     step []: updates applied; bad_step []: the first update whose loss or gradient was not finite,
-    or -1. From that update on the state no longer changes.
+    or -1. From that update on the state no longer changes. average: the exponential average of the
+    networks in `trainable` that it names, None where a run keeps none.
     """
 
     step: Int[Array, ""]
     trainable: Any
     opt_state: Any
     bad_step: Int[Array, ""]
+    average: dict[str, Any] | None = None
 
 
 def schedule(optimizer: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -128,6 +130,21 @@ def init_state(optimizer: optax.GradientTransformation, trainable: Any) -> Train
     return TrainState(jnp.int32(0), trainable, optimizer.init(trainable), jnp.int32(-1))
 
 
+def averaging(state: TrainState, *names: str) -> TrainState:
+    """The state with averages of these networks, which start as copies of them."""
+    copies = {name: jax.tree.map(jnp.copy, state.trainable[name]) for name in names}
+    return state._replace(average=copies)
+
+
+def averaged(state: TrainState, decay: float | Array) -> TrainState:
+    """The state whose averages a are decay * a + (1 - decay) * the network as it is now."""
+    if state.average is None:
+        return state
+    now = {name: state.trainable[name] for name in state.average}
+    moved = jax.tree.map(lambda a, x: x + decay * (a - x), state.average, now)
+    return state._replace(average=moved)
+
+
 def gradient_step(
     loss_fn: Callable,
     optimizer: optax.GradientTransformation,
@@ -161,7 +178,7 @@ def gradient_step(
     if len(grads) > 1:  # each network is clipped by its own norm
         norms |= {f"grad_norm/{name}": optax.tree.norm(part) for name, part in grads.items()}
     metrics = {"loss": loss, **norms, **metrics, "bad_step": bad_step}
-    return TrainState(step, trainable, opt_state, bad_step), metrics
+    return TrainState(step, trainable, opt_state, bad_step, state.average), metrics
 
 
 def _check_loss(loss_fn: Callable, found: Any) -> tuple[Array, dict[str, Array]]:
