@@ -126,11 +126,11 @@ def run(config: Config, context: Context) -> dict:
     exam = pipeline.exam(
         context, data.task, policy, scorer, SAMPLING, config.ppo.batch_size, seed=config.seed
     )
-    summary["warm_up"] = measure(config, exam, data, policy)
+    summary["warm_up"] = measure(exam, data, policy, config.best_of)
     for name in config.algorithms:
         with clock(name):
             trained = train(config, context, data, policy, scorer, name)
-        summary[name] = measure(config, exam, data, trained)
+        summary[name] = measure(exam, data, trained, config.best_of)
     rows = [
         {"algorithm": name, "minutes": clock.seconds.get(name, 0.0) / 60} | summary[name]
         for name in ("warm_up", *config.algorithms)
@@ -174,9 +174,9 @@ def options(name: str, scorer: Model) -> dict:
     return {"ppo": {"critic": scorer}, "rloo": {"loss_fn": reinforce.clipped_loss}}.get(name, {})
 
 
-def measure(config: Config, exam: Exam, data: quickstart.Data, policy: Model) -> dict[str, float]:
+def measure(exam: Exam, data: quickstart.Data, policy: Model, best_of: int) -> dict[str, float]:
     """Means over `best_of` answers to each held-out prompt."""
-    answers = [evaluation.evaluate(exam, policy, number) for number in range(config.best_of)]
+    answers = [evaluation.evaluate(exam, policy, number) for number in range(best_of)]
     found = [
         evaluation.figures(one)
         | {

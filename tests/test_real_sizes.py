@@ -191,6 +191,7 @@ LISTED = {
     "stories_sentiment": (11, None),
     "arithmetic": (8, None),
     "side_by_side": (31, None),
+    "conventions": (24, None),
     "own_data": (16, own_data),
     "grpo_own_reward": (5, None),
     "dpo_own_data": (5, None),
