@@ -12,6 +12,11 @@ fine-tuned already. With --scorer DIR no reward model is trained. Without both -
 --scorer the run ends after SFT. Each stage can therefore be run alone, from a folder that an
 earlier one exported. Without --prompts, PPO uses the prompts of the preferences.
 
+With --pretraining F, PPO also lowers the cross entropy of the texts in F, so that the policy does
+not forget what it could write before (PPO-ptx, InstructGPT). F holds plain texts or demonstrations
+and is read as --demonstrations is. An iteration takes one row for each response. The weight of
+their cross entropy, in nats per token, is 27.8 unless --ppo.pretraining-coef is given.
+
 No gold score is known here. A share of all prompts is held out of every file, and on these the
 policy after PPO is compared with the policy after SFT by a judge that PPO never saw: a second
 reward model, which is trained on the other half of the comparisons. It comes from the same data as
@@ -42,7 +47,7 @@ writes sentences yet.
 
 from __future__ import annotations
 
-from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.algorithms import reward_model, sft
 from rlhf_jax.launch import launch
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.tasks import own_data
@@ -53,7 +58,7 @@ config = own_data.Config(
     reward_model=reward_model.Config(
         num_steps=120, batch_size=16, optimizer=OptimizerConfig(learning_rate=2e-4)
     ),
-    ppo=ppo.Config(
+    ppo=own_data.PpoConfig(
         num_iterations=20,
         batch_size=32,
         sampling=Sampling(max_new_tokens=128),

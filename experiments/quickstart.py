@@ -44,13 +44,18 @@ MAX_PROMPT, MAX_RESPONSE = 12, 40
 ENDS = Ends(eos_ids=(1,), pad_id=0)  # of `tokenizers.train_bpe`
 
 
-class Config(configuration.Config):
-    """A new model, its three stages, and their evaluation."""
+class WarmUp(configuration.Config):
+    """A new model, and the two stages that reinforcement learning starts from."""
 
     seed: Whole = 0  # of every stage; a stage's own seed is folded into it
     model: transformer.Config
     sft: sft.Config
     reward_model: reward_model.Config
+
+
+class Config(WarmUp):
+    """The warm start, PPO, and the evaluation."""
+
     ppo: ppo.Config
     best_of: Count = 16  # answers to each held-out prompt: the n of best-of-n
     num_shown: Count = 4  # prompts in the table of samples
@@ -108,7 +113,7 @@ class Start(NamedTuple):
     figures: dict[str, dict[str, float]]  # held out, of both stages
 
 
-def make(config: Config, context: Context) -> Data:
+def make(config: WarmUp, context: Context) -> Data:
     """Generates the task in the workdir and trains the tokenizer."""
     made = reviews.make(config.seed, context.workdir / "data", num_comparisons=12800)
     train = builders.load(made.demonstrations, "train[:95%]")
@@ -131,7 +136,7 @@ def make(config: Config, context: Context) -> Data:
     return Data(made, demonstrations, comparisons, pipeline.Task(tokenizer, prompts, made.gold))
 
 
-def warm_up(config: Config, context: Context, data: Data, clock: pipeline.Clock) -> Start:
+def warm_up(config: WarmUp, context: Context, data: Data, clock: pipeline.Clock) -> Start:
     """Trains the policy to imitate, and the reward model on comparisons."""
     seed, tokenizer, figures = config.seed, data.task.tokenizer, {}
     with clock("sft"):
@@ -221,7 +226,7 @@ class Warm(NamedTuple):
     scorer: Model
 
 
-def warm_up_programs(config: Config, context: Context) -> Warm:
+def warm_up_programs(config: WarmUp, context: Context) -> Warm:
     """What `warm_up` runs: see `abstract`. The new model stays where it is until the end."""
     length, mesh = MAX_PROMPT + MAX_RESPONSE, context.mesh
     initial = abstract.model(context.compute.of(config.model), mesh)

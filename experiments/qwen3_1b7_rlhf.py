@@ -15,7 +15,7 @@ Result: planned and run at toy size (`tests/test_real_sizes.py`), not trained.
 
 from __future__ import annotations
 
-from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.algorithms import reward_model, sft
 from rlhf_jax.launch import launch
 from rlhf_jax.models import transformer
 from rlhf_jax.sampling import Sampling
@@ -54,7 +54,7 @@ config = own_data.Config(
         batch_size=32,
         optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=25, schedule="cosine"),
     ),
-    ppo=ppo.Config(
+    ppo=own_data.PpoConfig(
         num_iterations=200,
         batch_size=64,
         sampling=Sampling(max_new_tokens=1024),

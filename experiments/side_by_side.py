@@ -196,11 +196,11 @@ def run(config: Config, context: Context) -> dict:
     exam = pipeline.exam(
         context, data.task, policy, scorer, SAMPLING, config.ppo.batch_size, seed=config.seed
     )
-    summary["warm_up"] = measure(config, exam, data, policy)
+    summary["warm_up"] = measure(exam, data, policy, config.best_of)
     for name in config.algorithms:
         with clock(name):
             trained, guide = train(config, context, data, policy, scorer, name)
-        summary[name] = measure(config, exam, data, trained, guide)
+        summary[name] = measure(exam, data, trained, config.best_of, guide)
     rows = [
         {"algorithm": name, "minutes": clock.seconds.get(name, 0.0) / 60} | summary[name]
         for name in ("warm_up", *config.algorithms)
@@ -272,12 +272,10 @@ def options(name: str, scorer: Model) -> dict:
 
 
 def measure(
-    config: Config, exam: Exam, data: quickstart.Data, policy: Model, guide: Guide | None = None
+    exam: Exam, data: quickstart.Data, policy: Model, best_of: int, guide: Guide | None = None
 ) -> dict[str, float]:
     """Means over `best_of` answers to each held-out prompt."""
-    answers = [
-        evaluation.evaluate(exam, policy, number, guide=guide) for number in range(config.best_of)
-    ]
+    answers = [evaluation.evaluate(exam, policy, number, guide=guide) for number in range(best_of)]
     found = [
         evaluation.figures(one)
         | {

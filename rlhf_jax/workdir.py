@@ -92,7 +92,7 @@ def compare(folder: Path, run: dict) -> dict | None:
         )
     old, new = _settings(before, run), _settings(run, before)
     # A setting that the library did not have yet when the folder was written was off.
-    new = {name: x for name, x in new.items() if name in old or x not in (None, [])}
+    new = {name: x for name, x in new.items() if name in old or x not in (None, [], "")}
     changed = [name for name in (old | new) if old.get(name, ()) != new.get(name, ())]
     refused = [name for name in changed if not _has_grown(name, old, new)]
     if refused:

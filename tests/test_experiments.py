@@ -20,22 +20,19 @@ PROGRAMS = sorted(EXPERIMENTS.rglob("*.py"))
 ONE_DEVICE = ["--mesh", "data=1,fsdp=1,tensor=1"]
 
 
-def small(config, iterations=2):
-    """The same experiment with a few tiny steps."""
+def small(config, iterations=2, online=("ppo",), **changes):
+    """The same experiment with a few tiny steps; `online` names its settings of PPO."""
     shape = dataclasses.replace(config.model, num_layers=1, d_model=32, head_dim=8, d_ff=64)
+    sizes = {"num_iterations": iterations, "batch_size": 16, "save_every": 1}
+    sizes["sampling"] = Sampling(max_new_tokens=24)
     return dataclasses.replace(
         config,
         model=shape,
         sft=dataclasses.replace(config.sft, num_steps=4, batch_size=8, save_every=2),
         reward_model=dataclasses.replace(config.reward_model, num_steps=4, batch_size=4),
-        ppo=dataclasses.replace(
-            config.ppo,
-            num_iterations=iterations,
-            batch_size=16,
-            sampling=Sampling(max_new_tokens=24),
-            save_every=1,
-        ),
+        **{name: dataclasses.replace(vars(config)[name], **sizes) for name in online},
         best_of=2,
+        **changes,
     )
 
 
@@ -101,6 +98,39 @@ def test_the_quickstart_runs_writes_its_files_and_continues(
         launch.launch(quickstart.run, other, workdir)
     assert stopped.value.code == 2
     assert "best_of" in capsys.readouterr().err
+
+
+def test_presets_go_on_from_one_warm_start_and_are_drawn_on_one_figure(
+    experiment, tmp_path, called_programs, few_rows
+):
+    """One with a batch of its own and one with a loss of its own."""
+    conventions, names = experiment("conventions"), ("openrlhf", "verl")
+    config = small(conventions.config, online=names, presets=names)
+    run = tmp_path / "run"
+    summary = launch.launch(conventions.run, config, ["--workdir", str(run), *ONE_DEVICE])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {name: sum(x["stage"] == name for x in lines) for name in names} == dict.fromkeys(
+        names, 2
+    )
+    assert summary["warm_up"]["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert all(np.isfinite(summary[name]["gold"]) for name in names)
+    assert (run / "conventions.png").read_bytes().startswith(b"\x89PNG")
+    ran = set(called_programs.called)  # a plan calls some of them too
+    planned = conventions.programs(config, tiny.context(sharding.make_mesh(1, 1, 1)))
+    assert called_programs.of(planned) == ran
+
+
+def test_presets_differ_in_their_conventions_and_not_in_samples_or_learning_rates(experiment):
+    conventions, quickstart = experiment("conventions"), experiment("quickstart")
+    alike = ("batch_size", "num_iterations", "sampling", "policy_optimizer", "critic_optimizer")
+    for name, preset in conventions.PRESETS.items():
+        settings = vars(vars(conventions.config)[name])
+        own = vars(preset.config())
+        for field, value in settings.items():
+            given = vars(quickstart.config.ppo) if field in alike else own
+            assert value == given[field], (name, field)
+    with pytest.raises(ValueError, match="name one or several of .'trl', 'openrlhf', 'verl'"):
+        dataclasses.replace(conventions.config, presets=("trl", "deepspeed"))
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_one_line_and_leaves_nothing(

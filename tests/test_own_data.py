@@ -43,7 +43,7 @@ def jsonl(path, rows) -> str:
     return str(path)
 
 
-def small(own_data, **changes):
+def small(own_data, pretraining_coef=None, **changes):
     config = own_data.config
     return dataclasses.replace(
         config,
@@ -55,6 +55,7 @@ def small(own_data, **changes):
             batch_size=8,
             sampling=Sampling(max_new_tokens=8),
             num_epochs=1,
+            pretraining_coef=pretraining_coef,
         ),
         max_prompt=24,
         max_response=24,
@@ -345,3 +346,84 @@ def test_more_iterations_replace_the_exported_policy(own_data, start, tmp_path, 
     start(dataclasses.replace(config, ppo=longer), tmp_path / "run")
     assert file.read_bytes() != before
     assert not list(file.parents[1].glob(".*"))
+
+
+# ------------------------------------------------------------------------------ a pretraining mix
+
+STORIES = [{"text": f"Once upon a time there was a little {x}. It was happy."} for x in ANIMALS]
+
+
+def test_text_is_mixed_into_ppo(own_data, start, tmp_path, files, real_data, capsys):
+    config = small(
+        own_data,
+        model=str(real_data / "models" / "stories260K"),
+        preferences=files["preferences"],
+        pretraining=jsonl(tmp_path / "stories.jsonl", [*STORIES, {"text": "A word. " * 99}]),
+    )
+    start(config, tmp_path / "run")
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    nats = [line["loss/pretraining"] for line in lines if line["stage"] == "ppo"]
+    assert "pretraining: " in (printed := capsys.readouterr().out) and "1 text over" in printed
+    # The model was trained on such stories: 1.5 nats per token, and 6.2 from nothing.
+    assert len(nats) == 2 and all(0.5 < x < 3.0 for x in nats)
+
+
+def test_the_coefficient_is_the_papers_or_the_one_given_and_without_text_there_is_none(own_data):
+    plain = small(own_data)
+    assert task.mixed(plain) == (plain.ppo, {})
+    assert task.mixed(small(own_data, pretraining="a"))[0].pretraining_coef == 27.8
+    given, functions = task.mixed(small(own_data, pretraining="a", pretraining_coef=0.5))
+    assert given.pretraining_coef == 0.5 and functions.keys() == {"make_batch", "loss_fn"}
+
+
+def test_text_keeps_its_form_where_prompts_go_through_a_template(own_data, tmp_path, real_data):
+    tokenizer = task.open_tokenizer(real_data / "tokenizers" / "minimind", False)
+    pairs = jsonl(tmp_path / "pairs.jsonl", PAIRS["text"])
+    told = jsonl(tmp_path / "told.jsonl", TEXTS["text"])
+    config = small(own_data, preferences=pairs, pretraining=jsonl(tmp_path / "s.jsonl", STORIES))
+    config = dataclasses.replace(config, max_prompt=64)
+    text = task.read(config, tokenizer).pretraining
+    assert len(text) < len(STORIES)  # a share is held out of this file too
+    assert tokenizer.decode(text.rows[0].documents[0].ids).startswith("Once upon a time")
+    config = dataclasses.replace(config, pretraining=told)
+    data = task.read(config, tokenizer)
+    prompts = {tuple(row.ids.tolist()) for row in data.prompts.train.rows}
+    for row in data.pretraining.rows:  # demonstrations begin as the policy is asked
+        ids = row.documents[0].ids.tolist()
+        assert any(tuple(ids[: len(prompt)]) == prompt for prompt in prompts)
+    chats = jsonl(tmp_path / "chats.jsonl", TEXTS["ultrachat"])
+    plain = task.open_tokenizer(real_data / "models" / "stories260K", False)
+    with pytest.raises(ValueError, match="chats.jsonl: its rows are read as messages, but the"):
+        task.read(dataclasses.replace(config, pretraining=chats), plain)
+
+
+def test_a_weight_of_nothing_and_a_weight_without_text_are_refused(own_data):
+    with pytest.raises(ValueError, match="pretraining_coef=0.0 must be above 0 or None"):
+        small(own_data, pretraining="stories.jsonl", pretraining_coef=0.0)
+    with pytest.raises(
+        ValueError, match="pretraining_coef=2.0 is the weight of a text, but --pret"
+    ):
+        small(own_data, pretraining_coef=2.0)
+
+
+def test_text_that_cannot_be_mixed_is_refused_in_one_line_before_anything_is_trained(
+    own_data, start, tmp_path, files, real_data, capsys
+):
+    given = {"model": str(real_data / "models" / "stories260K")}
+    stories = jsonl(tmp_path / "stories.jsonl", STORIES)
+    long = jsonl(tmp_path / "long.jsonl", [{"text": f"{x} " * 99} for x in ANIMALS])
+    ranked = given | {"preferences": files["preferences"]}
+    told = given | {"demonstrations": files["demonstrations"]}
+    for inputs, pretraining, lengths, message in (
+        (ranked, str(tmp_path / "none.jsonl"), {}, "none.jsonl: no such file or folder"),
+        (ranked, jsonl(tmp_path / "empty.jsonl", []), {}, "empty.jsonl"),
+        (ranked, long, {}, "no usable row is left"),
+        (ranked, stories, {"max_response": 500}, "need 524 positions, but the model has max_len"),
+        (told, stories, {}, "is mixed into PPO, which is not run without a reward model; name"),
+    ):
+        config = small(own_data, pretraining=pretraining, **inputs)
+        with pytest.raises(SystemExit) as stopped:
+            start(dataclasses.replace(config, **lengths), tmp_path / "run")
+        error = capsys.readouterr().err.strip()
+        assert stopped.value.code == 2 and message in error and "\n" not in error
+        assert not (tmp_path / "run").exists()

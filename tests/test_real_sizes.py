@@ -132,6 +132,7 @@ def start(tmp_path):
             "preferences": [
                 {"prompt": f"the {x}", "chosen": " ran", "rejected": " home"} for x in ANIMALS
             ],
+            "pretraining": [{"text": f"the {x} ran"} for x in ANIMALS],
         }
         files = {"model": str(tmp_path / "base")}
         for name, these in rows.items():
@@ -143,12 +144,16 @@ def start(tmp_path):
     return start
 
 
-@pytest.mark.parametrize(("name", "lora_rank"), [("qwen3_1b7_rlhf", 0), ("llama3_8b_rlhf", 4)])
+@pytest.mark.parametrize(
+    ("name", "lora_rank", "mixed"), [("qwen3_1b7_rlhf", 0, False), ("llama3_8b_rlhf", 4, True)]
+)
 def test_it_imports_trains_resumes_and_exports_on_eight_devices(
-    experiment, start, tmp_path, called_programs, name, lora_rank
+    experiment, start, tmp_path, called_programs, name, lora_rank, mixed
 ):
     program = experiment(name)
     files = start(program) | {"lora_rank": lora_rank}
+    if not mixed:
+        del files["pretraining"]
     flags = ["--workdir", str(tmp_path / "run"), "--mesh", MESHES[name]]
     for flag, value in COMPUTE[name].items():
         flags += [f"--{flag.replace('_', '-')}", str(value)]
@@ -179,6 +184,7 @@ def test_it_imports_trains_resumes_and_exports_on_eight_devices(
         "judge": 2,
         "ppo": 3,
     }
+    assert sum("loss/pretraining" in line for line in log) == 3 * mixed
     exported = folders.load(first / "policy").model
     pairs = zip(jax.tree.leaves(exported), jax.tree.leaves(tuned), strict=True)
     assert any(np.any(one != other) for one, other in pairs)
@@ -191,6 +197,7 @@ LISTED = {
     "stories_sentiment": (11, None),
     "arithmetic": (8, None),
     "side_by_side": (53, None),
+    "conventions": (24, None),
     "own_data": (16, own_data),
     "grpo_own_reward": (5, None),
     "dpo_own_data": (5, None),

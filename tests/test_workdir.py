@@ -111,13 +111,15 @@ class Newer(Experiment):
 
     cutoff: float | None = None
     banned: tuple[int, ...] = ()
+    texts: Source = ""
 
 
 def test_a_setting_that_the_folder_does_not_have_yet_was_off():
     finish(Experiment())
     assert compare(Newer()) == {"gold": 0.5}
-    for changed in (Newer(cutoff=0.0), Newer(banned=(3,))):
-        with pytest.raises(ValueError, match=r"no (cutoff -> cutoff=0.0|banned -> banned=\[3\])"):
+    for changed in (Newer(cutoff=0.0), Newer(banned=(3,)), Newer(texts="a")):
+        named = r'(cutoff -> cutoff=0.0|banned -> banned=\[3\]|texts -> texts="a")'
+        with pytest.raises(ValueError, match=f"no {named}"):
             compare(changed)
     finish(Newer())
     with pytest.raises(ValueError, match="cutoff=null -> cutoff=0.5"):

@@ -7,6 +7,7 @@ is made of this `Config`, `run` and `programs`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -18,8 +19,8 @@ import numpy as np
 from rlhf_jax import abstract, evaluation, folders, pipeline
 from rlhf_jax import config as configuration
 from rlhf_jax.abstract import Program
-from rlhf_jax.algorithms import ppo, reward_model, sft
-from rlhf_jax.config import Count, Positive, Share, Source, Whole
+from rlhf_jax.algorithms import ppo, ppo_variants, reward_model, sft
+from rlhf_jax.config import Count, Positive, Share, Source, Whole, fold_seed
 from rlhf_jax.data import batches, builders, formats, mixing, tokenizers
 from rlhf_jax.data.batches import Examples, Loader
 from rlhf_jax.data.records import Ends
@@ -72,6 +73,14 @@ class Common(configuration.Config):
     num_shown: Count = 4  # prompts in the table of samples
 
 
+class PpoConfig(ppo_variants.PretrainingConfig):
+    """PPO, and how much the text of `pretraining` counts in its loss."""
+
+    # Weight of the text's cross entropy, nats per token. None: that of `PretrainingConfig` where
+    # there is text.
+    pretraining_coef: Positive | None = None
+
+
 class Config(Common):
     """What is trained on what."""
 
@@ -80,11 +89,23 @@ class Config(Common):
     prompts: Source = ""  # file of prompts for PPO; if not given, those of the preferences
     prompts_format: str = ""  # as preferences_format
     scorer: Source = ""  # folder or org/name of a reward model, which is then not trained
+    # File of texts or demonstrations whose cross entropy PPO lowers too (PPO-ptx). Their lengths
+    # are limited as those of demonstrations are.
+    pretraining: Source = ""
+    pretraining_format: str = ""  # as preferences_format
     judge_draws: Count = 4  # answers to each held-out prompt that the judge compares
     sft: sft.Config
     reward_model: reward_model.Config
-    ppo: ppo.Config
+    ppo: PpoConfig
     best_of: Count = 4  # answers to each held-out prompt: the n of best-of-n
+
+    def check(self) -> None:
+        """Raises ValueError for a weight of text that there is not."""
+        if self.ppo.pretraining_coef is not None and not self.pretraining:
+            raise ValueError(
+                f"ppo.pretraining_coef={self.ppo.pretraining_coef} is the weight of a text, but "
+                "--pretraining names none; name a file or leave the coefficient out"
+            )
 
 
 def open_tokenizer(folder: pathlib.Path, plain_template: bool) -> tokenizers.Tokenizer:
@@ -132,6 +153,7 @@ class Data(NamedTuple):
     second: Examples | None
     comparisons_eval: Examples | None
     prompts: pipeline.Split | None
+    pretraining: Examples | None  # without the held-out ones, whose prompts may be asked later
 
 
 class File(NamedTuple):
@@ -222,8 +244,11 @@ def read(config: Config, tokenizer: tokenizers.Tokenizer) -> Data:
     demonstrations = open_file(config, config.demonstrations, config.demonstrations_format)
     preferences = open_file(config, config.preferences, config.preferences_format)
     prompts = open_file(config, config.prompts, config.prompts_format) or preferences
+    text = open_file(config, config.pretraining, config.pretraining_format)
     others = [file for file in (preferences, prompts) if file]
     check_prompts(config, tokenizer.chat_template is not None, demonstrations, others)
+    # Text without prompts may stand beside prompts in a template: it keeps what was known before.
+    check_prompts(config, tokenizer.chat_template is not None, text, [])
     examples = functools.partial(tokenised, config, tokenizer)
     sizes = (config.max_prompt, config.max_response)
     found = dict.fromkeys(Data._fields)
@@ -244,6 +269,8 @@ def read(config: Config, tokenizer: tokenizers.Tokenizer) -> Data:
                 for part in (prompts.rows, prompts.held_out)
             )
         )
+    if text:
+        found["pretraining"] = examples(batches.demonstrations, text, text.rows, *sizes)
     return Data(**found)
 
 
@@ -267,13 +294,36 @@ def train_scorer(
     return reward_model.centre(scorer, own, mesh=context.mesh), figures
 
 
+def mixed(config: Config) -> tuple[ppo.Config, dict[str, Callable]]:
+    """PPO's settings, and its functions where they are not its own: those of a pretraining mix."""
+    if not config.pretraining:
+        return config.ppo, {}
+    coef = config.ppo.pretraining_coef or ppo_variants.PretrainingConfig.pretraining_coef
+    settings = dataclasses.replace(config.ppo, pretraining_coef=coef)
+    return settings, {"make_batch": ppo_variants.mixed_batch, "loss_fn": ppo_variants.mixed_loss}
+
+
 def reinforce(
-    config: Config, context: Context, task: pipeline.Task, policy: Model, scorer: Model
+    config: Config,
+    context: Context,
+    task: pipeline.Task,
+    policy: Model,
+    scorer: Model,
+    text: Examples | None,
 ) -> Model:
-    """The policy after PPO against the scorer, which also starts the critic."""
+    """The policy after PPO against the scorer, which also starts the critic.
+
+    Of `text` each iteration takes one row for each response.
+    """
+    settings, options = mixed(config)
+    if text is not None:
+        context.log.print(f"pretraining: {batches.describe(text.counts)}")
+        context.log.print(batches.show(text[0], task.tokenizer))
+        seed = fold_seed(config.seed, "pretraining")
+        options["pretraining"] = Loader(text, settings.num_responses, seed)
     result = pipeline.online(
         ppo.run,
-        config.ppo,
+        settings,
         context,
         task,
         policy,
@@ -281,6 +331,7 @@ def reinforce(
         stage="ppo",
         seed=config.seed,
         critic=scorer,
+        **options,
     )
     return result.policy
 
@@ -311,19 +362,30 @@ def check_sizes(config: Config, context: Context, policy: Model) -> None:
 
 
 def _longest(config: Config) -> int:
-    return config.max_prompt + config.ppo.sampling.max_new_tokens
+    text = config.max_response if config.pretraining else 0
+    return config.max_prompt + max(config.ppo.sampling.max_new_tokens, text)
 
 
 def _stages(config: Config) -> dict:
     return {"sft": config.sft, "reward_model": config.reward_model, "ppo": config.ppo}
 
 
-def run(config: Config, context: Context) -> dict:
-    """The stages whose inputs are given; returns the summary."""
+def check_inputs(config: Config) -> None:
+    """Raises ValueError for inputs that make no run, or that no stage would read."""
     if not config.model:
         raise ValueError("--model is missing: name the folder of a language model")
     if not (config.demonstrations or config.preferences or config.scorer):
         raise ValueError("nothing to do: name --demonstrations, --preferences or --scorer")
+    if config.pretraining and not (config.preferences or config.scorer):
+        raise ValueError(
+            f"--pretraining {config.pretraining} is mixed into PPO, which is not run without a "
+            "reward model; name --preferences or --scorer too, or leave it out"
+        )
+
+
+def run(config: Config, context: Context) -> dict:
+    """The stages whose inputs are given; returns the summary."""
+    check_inputs(config)
     base = huggingface.fetch(config.model)
     tokenizer = open_tokenizer(base, config.plain_template)
     compute = compute_of(config, context)
@@ -370,7 +432,7 @@ def run(config: Config, context: Context) -> dict:
         judge = ranked("judge", data.second)
     task = pipeline.Task(tokenizer, data.prompts)
     with clock("ppo"):
-        tuned = reinforce(config, context, task, policy, scorer)
+        tuned = reinforce(config, context, task, policy, scorer, data.pretraining)
         export("policy", tuned)
     with clock("evaluation"):
         exam = pipeline.exam(
@@ -383,7 +445,7 @@ def run(config: Config, context: Context) -> dict:
 def programs(config: Config, context: Context) -> list[Program]:
     """What `run` runs where all files are given, of pairs of responses: see `abstract`.
 
-    Of a named model only the config.json is read.
+    Text is mixed in where it is named. Of a named model only the config.json is read.
     """
     mesh, shape = context.mesh, config.shape
     if config.model:
@@ -397,15 +459,19 @@ def programs(config: Config, context: Context) -> list[Program]:
     first = reward_model.programs(*ranked)
     judge = reward_model.programs(*ranked, name="judge", resident=first.result)
     policy, scorer = rated = (tuned.result, first.result)
+    settings, functions = mixed(config)
+    rows = settings.num_responses
     aligned = ppo.programs(
-        config.ppo,
+        settings,
         policy=policy,
         scorer=scorer,
         critic=scorer,
         max_prompt=config.max_prompt,
         ends=ENDS,
         mesh=mesh,
+        pretraining=abstract.demonstrations(mesh, rows, length) if config.pretraining else None,
         resident=judge.result,
+        **functions,
     )
     batch = abstract.prompts(mesh, config.ppo.batch_size, config.max_prompt)
     held = (judge.result, aligned.held if config.ppo.eval_every else rated)
