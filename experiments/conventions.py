@@ -106,7 +106,6 @@ def run(config: Config, context: Context) -> dict:
                 scorer,
                 stage=name,
                 seed=seed,
-                name=name,
                 critic=scorer,
                 **PRESETS[name].functions,
             ).policy
@@ -129,9 +128,8 @@ def programs(config: Config, context: Context) -> list[Program]:
     _, policy, scorer = held
     found = [*warm]
     for name in config.presets:
-        found += ppo.programs(
+        stage = ppo.programs(
             vars(config)[name],
-            name=name,
             policy=policy,
             scorer=scorer,
             critic=scorer,
@@ -140,7 +138,8 @@ def programs(config: Config, context: Context) -> list[Program]:
             mesh=mesh,
             resident=held,
             **PRESETS[name].functions,
-        ).programs
+        )
+        found += abstract.of_stage(name, stage.programs)
     batch = abstract.prompts(mesh, GIVEN.batch_size, quickstart.MAX_PROMPT)
     answers = evaluation.program(
         policy, policy, scorer, GIVEN.sampling, batch, quickstart.ENDS, mesh, resident=held

@@ -170,7 +170,6 @@ config = Config(
     mrt=mrt.Config(
         batch_size=16,
         samples_per_prompt=8,
-        num_epochs=4,
         num_minibatches=2,
         policy_optimizer=falling(3e-4),
         alpha=0.05,
@@ -292,8 +291,7 @@ def programs(config: Config, context: Context) -> list[Program]:
     warm, *held = quickstart.warm_up_programs(config, context)
     found = [*warm, answering(config, context, held)]
     for name in config.algorithms:
-        listed = programs_of(config, context, held, name)
-        found += [x._replace(name=f"{name}: {x.name.split(': ')[1]}") for x in listed]
+        found += abstract.of_stage(name, programs_of(config, context, held, name))
     return found
 
 

@@ -78,6 +78,11 @@ def derived(init: Callable, mesh: jax.sharding.Mesh, *args) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
+def of_stage(name: str, programs: list[Program]) -> list[Program]:
+    """The programs under the name of a stage, in place of their algorithm's."""
+    return [x._replace(name=f"{name}: {x.name.split(': ', 1)[1]}") for x in programs]
+
+
 def whole(mesh: jax.sharding.Mesh, arrays: Any) -> Any:
     """The shapes of small arrays, such as keys, which every device holds whole."""
     where = sharding.replicated(mesh)

@@ -91,7 +91,7 @@ def seeded(seed: int, stage: str, config: Config) -> Config:
 def runtime(context: Context, stage: str) -> Iterator[Runtime]:
     """The runtime of one stage, with its checkpoints under the workdir."""
     with Checkpoints(context.workdir / "checkpoints" / stage) as checkpoints:
-        yield Runtime(context.mesh, context.log, checkpoints)
+        yield Runtime(context.mesh, context.log, checkpoints, stage)
 
 
 def supervised(

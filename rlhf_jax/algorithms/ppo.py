@@ -268,12 +268,10 @@ def networks(config: CriticConfig, policy: Model, critic: Model | None) -> dict[
     return {"policy": policy, "critic": critic}
 
 
-def algorithm(
-    make_batch: Callable = make_batch, loss_fn: Callable = loss, name: str = "ppo"
-) -> online.Algorithm:
+def algorithm(make_batch: Callable = make_batch, loss_fn: Callable = loss) -> online.Algorithm:
     """PPO as `online` runs it."""
     memory = Memory(jnp.float32(1.0), training.RunningMoments.empty())
-    return online.Algorithm(name, DISPLAY, networks, make_batch, loss_fn, memory)
+    return online.Algorithm("ppo", DISPLAY, networks, make_batch, loss_fn, memory)
 
 
 def run(
@@ -281,15 +279,13 @@ def run(
     *,
     make_batch: Callable = make_batch,
     loss_fn: Callable = loss,
-    name: str = "ppo",
     **inputs: Unpack[online.Inputs],
 ) -> Result:
     """Trains `policy` on a reward, with a KL penalty to where it starts; see `online.Inputs`.
 
     `critic`, a model with a scalar head and usually the reward model, starts the value network.
-    `name` is the stage's in the log.
     """
-    trained, history = online.run(config, algorithm(make_batch, loss_fn, name), **inputs)
+    trained, history = online.run(config, algorithm(make_batch, loss_fn), **inputs)
     return Result(trained["policy"], trained.get("critic"), history)
 
 
@@ -298,8 +294,7 @@ def programs(
     *,
     make_batch: Callable = make_batch,
     loss_fn: Callable = loss,
-    name: str = "ppo",
     **shapes: Unpack[abstract.Inputs],
 ) -> Stage:
     """What `run` runs; `result` is the trained policy."""
-    return abstract.online(config, algorithm(make_batch, loss_fn, name), **shapes)
+    return abstract.online(config, algorithm(make_batch, loss_fn), **shapes)

@@ -161,7 +161,6 @@ def run(
     comparisons: Loader,
     *,
     loss_fn: Callable = loss,
-    name: str = "reward_model",
     held_out: Loader | None = None,
     runtime: Runtime | None = None,
 ) -> Result:
@@ -169,10 +168,9 @@ def run(
 
     A scalar head that `policy` already has, as a reward model does, is trained further; pass
     `transformer.without_score_head(policy)` to start a new one. Continues from the newest
-    checkpoint where there is one. The result is not centred: see `centre`. `name` is the stage's in
-    the log. `held_out` is evaluated every `eval_every` steps ("eval/loss", "eval/accuracy" and its
-    interval). Raises ValueError if the batch does not divide over the mesh, TrainingStopped on a
-    non-finite step.
+    checkpoint where there is one. The result is not centred: see `centre`. `held_out` is evaluated
+    every `eval_every` steps ("eval/loss", "eval/accuracy" and its interval). Raises ValueError if
+    the batch does not divide over the mesh, TrainingStopped on a non-finite step.
     """
     runtime = runtime or Runtime()
     for data in filter(None, (comparisons, held_out)):
@@ -186,7 +184,7 @@ def run(
         {"scorer": init_scorer(policy, jax.random.key(config.seed))},
         comparisons,
         loss_fn=loss_fn,
-        name=name,
+        name="reward_model",
         display=DISPLAY,
         runtime=runtime,
         evaluate=figures if held_out else None,

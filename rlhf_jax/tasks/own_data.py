@@ -288,7 +288,6 @@ def train_scorer(
         data,
         stage=stage,
         seed=config.seed,
-        name=stage,
     )
     own = Loader(data.train, config.reward_model.batch_size, config.seed)
     return reward_model.centre(scorer, own, mesh=context.mesh), figures

@@ -120,7 +120,6 @@ def train_scorer(
         stage=stage,
         seed=config.seed,
         loss_fn=loss_fn,
-        name=stage,
     )
 
 

@@ -54,11 +54,15 @@ class Config(config.Config):
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where a run takes place: its devices, its log, and its checkpoints (None saves nothing)."""
+    """Where a run takes place: its devices, its log, and its checkpoints (None saves nothing).
+
+    stage: what it is called in the log; None: by its algorithm.
+    """
 
     mesh: jax.sharding.Mesh = dataclasses.field(default_factory=sharding.make_mesh)
     log: Log = dataclasses.field(default_factory=Log)
     checkpoints: Checkpoints | None = None
+    stage: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -113,7 +117,7 @@ def train(
         state = checkpoints.restore(state)
     total = plan.num_steps
     log = runtime.log.stage(
-        plan.name,
+        runtime.stage or plan.name,
         total,
         start=start,
         check=check,
