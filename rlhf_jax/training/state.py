@@ -136,8 +136,11 @@ def averaging(state: TrainState, *names: str) -> TrainState:
     return state._replace(average=copies)
 
 
-def averaged(state: TrainState, decay: float | Array) -> TrainState:
-    """The state whose averages a are decay * a + (1 - decay) * the network as it is now."""
+def averaged(state: TrainState, decay: float | Array | None) -> TrainState:
+    """The state whose averages a are decay * a + (1 - decay) * the network as it is now.
+
+    A state without averages is returned as it is.
+    """
     if state.average is None:
         return state
     now = {name: state.trainable[name] for name in state.average}
