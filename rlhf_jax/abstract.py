@@ -25,7 +25,7 @@ from jax.extend.core import Var
 from rlhf_jax import online as algorithms
 from rlhf_jax import sharding
 from rlhf_jax.data import epoch
-from rlhf_jax.data.records import Comparisons, Demonstrations, Ends, Prompts
+from rlhf_jax.data.records import Comparisons, Demonstrations, Ends, Prompts, Steps
 from rlhf_jax.models import partition, stacking, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import learned
@@ -105,6 +105,12 @@ def comparisons(
     ranks, margin = Shape(size, jnp.int32), Shape((batch,), jnp.float32)
     found = Comparisons(ints, ints, floats, ranks, present=each, margin=margin, scores=each)
     return sharding.abstract_rows(mesh, found)
+
+
+def steps(mesh: jax.sharding.Mesh, batch: int, length: int) -> Steps:
+    """A batch of rows of `length` tokens whose steps are labelled."""
+    ints, floats = Shape((batch, length), jnp.int32), Shape((batch, length), jnp.float32)
+    return sharding.abstract_rows(mesh, Steps(ints, ints, floats, floats))
 
 
 def prompts(mesh: jax.sharding.Mesh, rows: int, length: int, reference: int = 0) -> Prompts:

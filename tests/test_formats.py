@@ -179,6 +179,11 @@ ROWS = [
     ),
     ("scored", {"prompt": "p", "response": "a", "score": 3}, Example("p", ("a",), (), (3.0,))),
     (
+        "stepwise",
+        {"prompt": "p", "completions": ["a", "b"], "labels": [True, 0.5]},
+        Example("p", steps=("a", "b"), labels=(1.0, 0.5)),
+    ),
+    (
         "source_target",
         {"source": ["One.", "Two."], "target": ["a", "b"], "lang": "en"},
         Example("One. Two.\n", ("a", "b"), language="en"),

@@ -178,12 +178,13 @@ def make_batch(
     rollout: Rollout,
     *,
     kl_estimate: Callable[..., Array] = losses.kl_k1,
+    pay: Callable[..., Array] = advantages.shaped_rewards,
     whiten: Callable[..., Array] = whiten,
 ):
     """Rewards, values, advantages and returns of a rollout: (Batch, Memory, metrics).
 
     Per token r_t = -kl_coef * KL estimate, plus the score at `score_at`; then GAE. Whitened rewards
-    keep their mean. kl_estimate: a function like `losses.kl_k1`. whiten: one like `whiten`.
+    keep their mean. `kl_estimate`, `pay` and `whiten` are functions like their defaults.
     """
     mask = rollout.mask
     value_mask = advantages.extend_after_eos(mask) if config.score_at == "after_eos" else mask
@@ -194,9 +195,7 @@ def make_batch(
     if config.normalise_scores:
         scores = (scores - moments.mean) / (moments.std + 1e-8)
     scores = scores - config.missing_eos_penalty * (1.0 - rollout.finished)
-    rewards = advantages.shaped_rewards(
-        scores=scores, kl=kl, mask=mask, kl_coef=kl_coef, score_at=config.score_at
-    )
+    rewards = pay(scores=scores, kl=kl, mask=mask, kl_coef=kl_coef, score_at=config.score_at)
     if config.whiten_rewards:
         rewards = whiten(rewards, value_mask, shift_mean=False)
     old_values = rollout.values * value_mask

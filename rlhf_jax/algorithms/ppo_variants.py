@@ -1,4 +1,4 @@
-"""PPO with a KL in the loss, or with a pretraining mix: functions and settings for `ppo.run`.
+"""PPO with a KL in the loss, a pretraining mix, or rewards of steps: functions for `ppo.run`.
 
     ppo.run(
         ppo_variants.KlConfig(kl_coef=0.0),
@@ -19,13 +19,15 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax import losses, online
+from rlhf_jax import advantages, losses, online
 from rlhf_jax.algorithms import ppo, sft
 from rlhf_jax.config import NonNegative
 from rlhf_jax.data.records import Demonstrations
 from rlhf_jax.models import heads, transformer
+from rlhf_jax.rewards import learned, process
 from rlhf_jax.sampling.rollout import Rollout
 
 # ------------------------------------------------------------------------------- KL in the loss
@@ -151,3 +153,66 @@ def mixed_loss(config: PretrainingConfig, params: dict, batch: MixedBatch):
     slices = sft.Config(micro_batches=config.micro_batches)
     nats, _ = sft.loss(slices, params, Demonstrations(*rows))
     return value + config.pretraining_coef * nats, metrics | {"loss/pretraining": nats}
+
+
+# ------------------------------------------------------------------------------ rewards of steps
+
+
+def step_batch(
+    marks: process.Marks, worth: Callable[[Array], Array] = process.probability
+) -> Callable:
+    """A `make_batch` for `ppo.run` that pays every step of a response at its end.
+
+    The scorer of the run, which `process_reward.run` has trained, is read at the marks of each
+    response, and `worth` makes rewards of its log odds. Where that is the probability that the step
+    is right, a response of more steps can earn more. With `jax.nn.log_sigmoid` it cannot: the
+    rewards then add up to the log of the probability that all steps are right. The step that the
+    last token ends, and `missing_eos_penalty`, are paid where `score_at` says; the other steps at
+    their marks. The metrics of scores are of the sum over the steps, and what `score=` gives is not
+    trained on. The same arguments give the same object.
+
+    Raises ValueError if `marks` are not `Marks`; when it runs, also for a scorer without a scalar
+    head, and for `normalise_scores`, whose moments are of whole responses.
+    """
+    return _step_batch_of(process.checked(marks), worth)
+
+
+@functools.cache
+def _step_batch_of(marks: process.Marks, worth: Callable) -> Callable:
+    return functools.partial(_step_batch, marks, worth)
+
+
+def _step_batch(
+    marks: process.Marks,
+    worth: Callable,
+    config: ppo.CriticConfig,
+    params: dict,
+    memory: Any,
+    rollout: Rollout,
+):
+    if config.normalise_scores:
+        raise ValueError(
+            "normalise_scores=True would scale the scores of whole responses, but each step is "
+            "paid by itself; leave it out"
+        )
+    scorer = params["scorer"]
+    learned.check(scorer)
+    log_odds = heads.map_rows(
+        functools.partial(process.token_scores, scorer),
+        config.micro_batches,
+        rollout.tokens,
+        rollout.attend,
+    )
+    steps = process.step_marks(marks, rollout.tokens, rollout.mask)
+    paid = jnp.where(steps > 0, worth(log_odds), 0.0)
+    earlier = paid * (1.0 - advantages.last_token(rollout.mask))
+
+    def pay(*, scores: Array, **rest: Any) -> Array:
+        """The last token gets what is left of the sum: its own step, less the penalty."""
+        at_end = scores - jnp.sum(earlier, axis=1)
+        return earlier + advantages.shaped_rewards(scores=at_end, **rest)
+
+    whole = rollout._replace(scores=jnp.sum(paid, axis=1))
+    batch, memory, metrics = ppo.make_batch(config, params, memory, whole, pay=pay)
+    metrics["objective/scores_std"] = jnp.std(whole.scores)
+    return batch, memory, metrics | {"objective/steps": jnp.mean(jnp.sum(steps, axis=1))}

@@ -18,7 +18,7 @@ from rlhf_jax.abstract import Stage
 from rlhf_jax.config import Count, NonNegative, Whole
 from rlhf_jax.data import epoch, loader
 from rlhf_jax.data.batches import Comparisons, Demonstrations, Loader
-from rlhf_jax.models import heads, transformer
+from rlhf_jax.models import heads
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import agreement
 from rlhf_jax.training import loop
@@ -47,6 +47,9 @@ class Config(loop.Config):
     save_every: Count = 300
     centring_coef: NonNegative = 0.0  # weight of (chosen + rejected)^2 of every pair
     seed: Whole = 0  # of the scalar head that training starts from
+
+
+init_scorer = heads.init_scorer  # (policy, key) -> the scorer that training starts from
 
 
 class Result(NamedTuple):
@@ -141,18 +144,6 @@ def _mean_over_prompts(
 def _metrics(scores: Float[Array, "B K"], batch: Comparisons) -> dict[str, Array]:
     pairs = losses.ranked_pairs(batch.ranks, batch.present)
     return preference_losses.pair_metrics(scores, pairs)
-
-
-def init_scorer(policy: Model, key: Array) -> Model:
-    """The scorer that training starts from: the model without its language-model head.
-
-    A scalar head that the model already has is kept; otherwise `transformer.with_score_head` draws
-    a new one from `key`.
-    """
-    scorer = transformer.without_lm_head(policy)
-    if transformer.has_score_head(scorer):
-        return scorer
-    return transformer.with_score_head(scorer, key)
 
 
 def run(

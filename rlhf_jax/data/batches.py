@@ -9,6 +9,7 @@ counted, never cut.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,19 +18,15 @@ import numpy as np
 from rlhf_jax.data import chat, formats, records, schema
 from rlhf_jax.data.loader import Loader as Loader
 from rlhf_jax.data.loader import expect as expect
-from rlhf_jax.data.records import (
-    Comparisons,
-    Counts,
-    Demonstrations,
-    Document,
-    Examples,
-    Prompts,
-    Shape,
-    describe,
-)
+from rlhf_jax.data.records import Comparisons as Comparisons
+from rlhf_jax.data.records import Counts, Document, Examples, Shape, describe
+from rlhf_jax.data.records import Demonstrations as Demonstrations
+from rlhf_jax.data.records import Prompts as Prompts
+from rlhf_jax.data.records import Steps as Steps
 from rlhf_jax.data.records import real_rows as real_rows
 from rlhf_jax.data.records import real_tokens as real_tokens
 from rlhf_jax.data.schema import Example
+from rlhf_jax.data.showing import show as show
 from rlhf_jax.data.tokenizers import Tokenizer
 
 # Why a row is dropped.
@@ -219,6 +216,48 @@ def prompts(
     return Examples(*kept, shape, records.collate_prompts)
 
 
+def steps(
+    rows: _Rows,
+    tokenizer: Tokenizer,
+    max_prompt: int,
+    max_response: int,
+    *,
+    separator: str = "\n",
+    format: formats.FormatLike = None,
+    on_bad_row: OnBadRow = "error",
+) -> Examples:
+    """Tokenises rows that label every step of a response, for a process reward model.
+
+    The tokens are BOS and prompt, and then each step, encoded by itself, with `separator` after it;
+    the step's mark is on the last of these. There is no EOS. A response has at most `max_response`
+    tokens, separators included. The ids are those of TRL's PRMTrainer, but that a BOS comes only
+    where the tokenizer prepends one itself, as it does to what the sampler is fed. Raises
+    ValueError for a faulty row (or drops and counts it) or if no usable row is left.
+    """
+    _check_limits(max_prompt=max_prompt, max_response=max_response)
+    between = tokenizer.encode(separator)
+
+    def tokenize(example: Example) -> records.StepRow | str:
+        ids = prompt_ids(tokenizer, example.prompt)
+        if len(ids) > max_prompt:
+            return LONG_PROMPT
+        pieces = [tokenizer.encode(step) for step in example.steps]
+        if not all(pieces):
+            found = f"'completions[{pieces.index([])}]' has no tokens"
+            schema.fail(found, "remove the step, or use a tokenizer that knows its characters")
+        pieces = [piece + between for piece in pieces]
+        ends = len(ids) + np.cumsum([len(piece) for piece in pieces])
+        if ends[-1] - len(ids) > max_response:
+            return LONG_RESPONSE
+        ids = _int32([*ids, *itertools.chain(*pieces)])
+        return records.StepRow(ids, _int32(ends - 1), example.labels)
+
+    length = max_prompt + max_response
+    reading = _Reading(formats.judged_steps, _without_extra, format, on_bad_row, length)
+    kept = _tokenised(rows, tokenizer, reading, tokenize)
+    return Examples(*kept, Shape(length, tokenizer.pad_id), records.collate_steps)
+
+
 def _reference(tokenizer: Tokenizer, example: Example) -> np.ndarray:
     """The tokens of the best response and its EOS. Raises BadRow where they are EOS alone."""
     document = document_of(tokenizer, example.prompt, example.completion)
@@ -226,43 +265,6 @@ def _reference(tokenizer: Tokenizer, example: Example) -> np.ndarray:
     if all(int(x) in tokenizer.eos_ids for x in ids):
         schema.fail("the reference has no tokens but EOS", "give it some text or remove the row")
     return ids
-
-
-def show(row: Demonstrations | Comparisons | Prompts, tokenizer: Tokenizer) -> str:
-    """One row (`examples[i]`) as text, with what SFT trains on between ⟦ and ⟧.
-
-    EOS is written out, padding is not. A comparison takes one line per response, best first.
-    """
-    match row:
-        case Demonstrations(tokens, attend, mask):
-            return _marked(tokens[attend > 0], mask[attend > 0], tokenizer)
-        case Prompts(tokens, attend):
-            return _marked(tokens[attend > 0], np.zeros(np.sum(attend > 0)), tokenizer)
-        case Comparisons(tokens, attend, _, ranks, present, margin, _):
-            lines = [f"margin {float(margin):g}"] if margin else []
-            last = np.iinfo(np.int32).max
-            for k in np.argsort(np.where(present > 0, ranks, last), kind="stable"):
-                if present[k] > 0:
-                    ids = tokens[k][attend[k] > 0]
-                    lines.append(f"rank {ranks[k]}: {_marked(ids, np.zeros(len(ids)), tokenizer)}")
-            return "\n".join(lines)
-
-
-def _marked(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> str:
-    # At the first position an EOS id is the BOS: some tokenizers use one id for both.
-    ends = [i for i in range(1, len(ids)) if int(ids[i]) in tokenizer.eos_ids]
-    changes = (np.flatnonzero(np.diff(mask)) + 1).tolist()
-    edges = sorted({0, len(ids), *changes, *ends, *(i + 1 for i in ends)})
-    parts, before, inside = [], "", False
-    for start, stop in zip(edges, edges[1:]):
-        if (mask[start] > 0) != inside:
-            parts.append("⟧" if inside else "⟦")
-            inside = not inside
-        # The difference of two decodings keeps the spaces that decoding a part alone drops.
-        text = tokenizer.decode(ids[:stop])
-        parts.append("<eos>" if start in ends else text[len(before) :])
-        before = text
-    return "".join(parts) + "⟧" * inside
 
 
 _NO_TOKENS = (
@@ -441,6 +443,6 @@ def _oversized(example: Example, max_characters: int) -> str | None:
         prompt = "".join(turn.content for turn in prompt)
     if len(prompt) > max_characters:
         return LONG_PROMPT
-    if max(map(len, example.responses), default=0) > max_characters:
+    if max(map(len, example.responses + example.steps), default=0) > max_characters:
         return LONG_RESPONSE if prompt else LONG_TEXT
     return None

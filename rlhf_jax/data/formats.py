@@ -16,7 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from rlhf_jax.data import known_formats, schema
-from rlhf_jax.data.known_formats import COMPARISON, DEMONSTRATION, FORMATS, PROMPT, Reader
+from rlhf_jax.data.known_formats import (
+    COMPARISON,
+    DEMONSTRATION,
+    FORMATS,
+    PROMPT,
+    STEPS,
+    Reader,
+)
 from rlhf_jax.data.schema import BadRow, Example, Row
 
 FormatLike = str | Reader | None  # a format's name, a function, or None: recognised by the fields
@@ -118,6 +125,16 @@ def annotation(row: Row | str, format: FormatLike = None) -> Example:
     example = read(row, format)
     if not example.scores:
         schema.fail("no response has a score", "regression takes scores or labels")
+    return example
+
+
+def judged_steps(row: Row | str, format: FormatLike = None) -> Example:
+    """A row with the steps of a response and the label of each."""
+    example = read(row, format)
+    if not example.steps:
+        fields = ("prompt", "completions", "labels")
+        missing = next((x for x in fields if x not in row), "completions")
+        schema.fail(f"{missing!r} is missing", STEPS)
     return example
 
 

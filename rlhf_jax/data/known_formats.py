@@ -14,6 +14,23 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from rlhf_jax.data import schema
+from rlhf_jax.data.recognise import (
+    LABELS,
+    has,
+    has_any,
+    has_prompt,
+    has_sides,
+    has_turns,
+    has_unranked_prompt,
+    is_dialogue,
+    is_instruction,
+    is_labelled,
+    is_preference,
+    is_scored,
+    is_stepwise,
+    is_unranked_instruction,
+    lists_responses,
+)
 from rlhf_jax.data.schema import Example, Message, Row
 
 Reader = Callable[[Row], Example]
@@ -38,8 +55,11 @@ _KTO = "a labelled answer has 'label' (or 'tag', 'kto_tag') true or false"
 _ALPACA = "an Alpaca row has 'instruction' and 'output' (and perhaps 'input', 'history', 'system')"
 _JUDGED = "a judged pair has both answers and a verdict: 1, 2, or 0 for a tie"
 _SCORED = "an annotation has 'prompt', 'response' and 'score', a number"
+STEPS = (
+    "a row of steps has 'prompt', 'completions' (the steps of one response) and 'labels', each "
+    "true, false or a number from 0 (wrong) to 1 (right)"
+)
 _PAIR_RANKS = (0, 1)
-_LABELS = ("label", "kto_tag", "tag")
 
 
 # How each format is read.
@@ -147,7 +167,7 @@ def labelled(row: Row) -> Example:
         example = conversation(row)
     if not example.responses:
         schema.fail("the conversation does not end with an answer", _KTO)
-    name = next((name for name in _LABELS if name in row), "label")
+    name = next((name for name in LABELS if name in row), "label")
     label = schema.field(row, name, _KTO)
     if label not in (True, False):
         schema.fail(f"{name!r} must be true or false, got {schema.shown(label)}", _KTO)
@@ -163,7 +183,7 @@ def alpaca(row: Row) -> Example:
 def alpaca_ranked(row: Row) -> Example:
     """{instruction, output: [best, ..., worst]} or {instruction, chosen, rejected}."""
     prompt = _instruction(row)
-    if "output" in row and not _has_any(row, "chosen", "rejected"):
+    if "output" in row and not has_any(row, "chosen", "rejected"):
         answers = schema.items(row, "output", _ALPACA + "; a list is best first")
         names = [f"output[{i}]" for i in range(len(answers))]
         if len(answers) < 2:
@@ -255,6 +275,21 @@ def scored_response(row: Row) -> Example:
     return Example(prompt, (answer,), (), (score,))
 
 
+def stepwise(row: Row) -> Example:
+    """{prompt, completions, labels}: the steps of one response, each right or wrong (TRL's PRM)."""
+    prompt = _prompt(row, STEPS)
+    steps, labels = (schema.items(row, name, STEPS) for name in ("completions", "labels"))
+    if not steps:
+        schema.fail("'completions' holds no step", STEPS)
+    if len(steps) != len(labels):
+        found = f"{len(steps)} 'completions' but {len(labels)} 'labels'"
+        schema.fail(found, "give each step its label")
+    for i, step in enumerate(steps):
+        schema.check_text(step, f"completions[{i}]", STEPS)
+    shares = tuple(_label(label, f"labels[{i}]") for i, label in enumerate(labels))
+    return Example(prompt, steps=tuple(steps), labels=shares)
+
+
 def source_target(source: str = "source", target: str = "target", template: str = "{}\n") -> Reader:
     """How translations and summaries are read from rows with the fields `source` and `target`.
 
@@ -297,6 +332,14 @@ def _answer(prompt: Any, row: Row, name: str, remedy: str) -> tuple[Any, str]:
     turns = (*prompt, *schema.messages(value, name, remedy))
     schema.in_order(turns, "assistant")
     return turns[:-1], turns[-1].content
+
+
+def _label(value: Any, name: str) -> float:
+    """The label of a step: true is 1, false is 0, and a number between them is a soft label."""
+    share = float(value) if isinstance(value, bool) else schema.number(value, name, STEPS)
+    if not 0 <= share <= 1:
+        schema.fail(f"{name!r} must lie between 0 and 1, got {schema.shown(value)}", STEPS)
+    return share
 
 
 def _pair(sides: list[tuple[Any, str]]) -> Example:
@@ -342,134 +385,63 @@ def _instruction(row: Row) -> tuple[Message, ...]:
     return (*turns, Message("user", asked))
 
 
-# Which fields a row has. Formats share fields, so a test also names those that must be absent.
-
-
-def _has(row: Row, *names: str) -> bool:
-    return all(name in row for name in names)
-
-
-def _has_any(row: Row, *names: str) -> bool:
-    return any(name in row for name in names)
-
-
-def _has_turns(row: Row) -> bool:
-    return _has_any(row, "messages", "conversations")
-
-
-def _has_sides(row: Row) -> bool:
-    return _has_any(row, "chosen", "rejected")
-
-
-def _is_judged(row: Row) -> bool:
-    return _has(row, "response1", "response2") or _has(row, "output_1", "output_2")
-
-
-def _is_instruction(row: Row) -> bool:
-    return "instruction" in row and not _is_judged(row)
-
-
-def _has_prompt(row: Row) -> bool:
-    """The prompt is the field of that name, not turns or an instruction."""
-    return "prompt" in row and not _has_turns(row) and not _is_instruction(row)
-
-
-def _lists_responses(row: Row) -> bool:
-    return _has_prompt(row) and _has_any(row, "responses", "ranks", "scores")
-
-
-def _has_unranked_prompt(row: Row) -> bool:
-    """A prompt, and at most one answer to it."""
-    return _has_prompt(row) and not _lists_responses(row) and not _has_sides(row)
-
-
-def _is_scored(row: Row) -> bool:
-    return _has_unranked_prompt(row) and "score" in row and _has_any(row, "response", "completion")
-
-
-def _is_unranked_instruction(row: Row) -> bool:
-    """An instruction with at most one answer."""
-    ranked = _has_sides(row) or isinstance(row.get("output"), list | tuple)
-    return _is_instruction(row) and not ranked
-
-
-def _is_labelled(row: Row) -> bool:
-    if _has_turns(row):
-        return not _has_sides(row) and _has_any(row, *_LABELS)
-    if _is_unranked_instruction(row):
-        return _has_any(row, *_LABELS)
-    return _has_unranked_prompt(row) and _has(row, "completion", "label")
-
-
-def _is_dialogue(row: Row) -> bool:
-    other = _has_turns(row) or _is_instruction(row) or "prompt" in row
-    return not other and str(row.get("chosen")).lstrip().startswith("Human:")
-
-
-def _is_preference(row: Row) -> bool:
-    if "prompt" in row:
-        return _has_sides(row) and not _is_instruction(row) and not _lists_responses(row)
-    other = _has_turns(row) or _is_instruction(row) or _is_dialogue(row)
-    return _has_sides(row) and not other
-
-
 FORMATS = (
-    Format("text", lambda row: "text" in row and not _has_prompt(row), plain_text),
+    Format("text", lambda row: "text" in row and not has_prompt(row), plain_text),
     Format(
         "prompt",
         lambda row: (
-            _has_unranked_prompt(row)
-            and not _has_any(row, "completion", "text")
-            and not _is_scored(row)
+            has_unranked_prompt(row)
+            and not has_any(row, "completion", "text")
+            and not is_scored(row)
+            and not is_stepwise(row)
         ),
         prompt_only,
     ),
     Format(
         "prompt_completion",
-        lambda row: _has_unranked_prompt(row) and "completion" in row and not _is_labelled(row),
+        lambda row: has_unranked_prompt(row) and "completion" in row and not is_labelled(row),
         prompt_completion,
     ),
-    Format("preference", _is_preference, preference),
-    Format("responses", _lists_responses, ranked_responses),
+    Format("preference", is_preference, preference),
+    Format("responses", lists_responses, ranked_responses),
     Format(
         "messages",
-        lambda row: _has_turns(row) and not _has_sides(row) and not _has_any(row, *_LABELS),
+        lambda row: has_turns(row) and not has_sides(row) and not has_any(row, *LABELS),
         conversation,
     ),
     Format(
         "messages_preference",
-        lambda row: _has_turns(row) and _has_sides(row),
+        lambda row: has_turns(row) and has_sides(row),
         conversation_preference,
     ),
-    Format("labelled", _is_labelled, labelled),
+    Format("labelled", is_labelled, labelled),
     Format(
         "alpaca",
-        lambda row: (
-            _is_unranked_instruction(row) and "output" in row and not _has_any(row, *_LABELS)
-        ),
+        lambda row: is_unranked_instruction(row) and "output" in row and not has_any(row, *LABELS),
         alpaca,
     ),
     Format(
         "alpaca_ranked",
-        lambda row: _is_instruction(row) and not _is_unranked_instruction(row),
+        lambda row: is_instruction(row) and not is_unranked_instruction(row),
         alpaca_ranked,
     ),
-    Format("hh", _is_dialogue, hh_dialogues),
+    Format("hh", is_dialogue, hh_dialogues),
     Format(
-        "gpt4_pair", lambda row: _has(row, "user_input", "completion_a", "completion_b"), gpt4_pair
+        "gpt4_pair", lambda row: has(row, "user_input", "completion_a", "completion_b"), gpt4_pair
     ),
-    Format("gpt4_scores", lambda row: _has(row, "user_input", "responses_and_scores"), gpt4_scores),
+    Format("gpt4_scores", lambda row: has(row, "user_input", "responses_and_scores"), gpt4_scores),
     Format(
         "alpaca_eval",
-        lambda row: _has(row, "output_1", "output_2") and not _has(row, "response1", "response2"),
+        lambda row: has(row, "output_1", "output_2") and not has(row, "response1", "response2"),
         alpaca_eval,
     ),
-    Format("pandalm", lambda row: _has(row, "instruction", "response1", "response2"), pandalm),
-    Format("scored", _is_scored, scored_response),
+    Format("pandalm", lambda row: has(row, "instruction", "response1", "response2"), pandalm),
+    Format("scored", is_scored, scored_response),
+    Format("stepwise", is_stepwise, stepwise),
     Format(
         "source_target",
         lambda row: (
-            _has(row, "source", "target") and not _has_prompt(row) and not _is_instruction(row)
+            has(row, "source", "target") and not has_prompt(row) and not is_instruction(row)
         ),
         source_target(),
     ),

@@ -69,7 +69,16 @@ class Prompts(NamedTuple):
     heat: Float[Array, " B"] | None = None  # what the temperature is multiplied by; None: nothing
 
 
-Batch = Demonstrations | Comparisons | Prompts
+class Steps(NamedTuple):
+    """Responses whose steps are labelled, each after its prompt, padded on the right."""
+
+    tokens: Int[Array | np.ndarray, "B T"]
+    attend: Int[Array | np.ndarray, "B T"]  # 1 on every real token
+    marks: Float[Array | np.ndarray, "B T"]  # 1 on the last token of each step
+    labels: Float[Array | np.ndarray, "B T"]  # at the marks, from 0 (wrong) to 1 (right); else 0
+
+
+Batch = Demonstrations | Comparisons | Prompts | Steps
 
 
 def real_rows(batch: Batch) -> int:
@@ -115,13 +124,21 @@ class PromptRow(NamedTuple):
     reference: Int[np.ndarray, " R"] | None = None
 
 
-TokenRow = DemonstrationRow | ComparisonRow | PromptRow
+class StepRow(NamedTuple):
+    """A prompt and the steps that follow it, as tokens."""
+
+    ids: Int[np.ndarray, " T"]
+    ends: Int[np.ndarray, " N"]  # where the last token of each step is
+    labels: tuple[float, ...]  # of each step
+
+
+TokenRow = DemonstrationRow | ComparisonRow | PromptRow | StepRow
 
 
 class Shape(NamedTuple):
     """What all batches of a dataset have in common."""
 
-    length: int  # T of demonstrations and comparisons, P of prompts
+    length: int  # T of demonstrations, comparisons and steps, P of prompts
     pad_id: int
     responses: int = 1  # K of comparisons
     scored: bool = False  # whether comparisons have scores
@@ -165,7 +182,7 @@ class Examples:
 
     @property
     def kind(self) -> type:
-        """The type of the batches: Demonstrations, Comparisons or Prompts."""
+        """The type of the batches: Demonstrations, Comparisons, Prompts or Steps."""
         return type(self[0])
 
     def fingerprint(self) -> str:
@@ -276,3 +293,20 @@ def collate_prompts(
         if shape.reference
         else found
     )
+
+
+def collate_steps(
+    rows: Sequence[StepRow | None], index: Int[np.ndarray, " B"], shape: Shape
+) -> Steps:
+    """Pads rows on the right, and puts the label of each step on its last token."""
+    del index
+    size = (len(rows), shape.length)
+    tokens = np.full(size, shape.pad_id, np.int32)
+    attend = np.zeros(size, np.int32)
+    marks, labels = np.zeros(size, np.float32), np.zeros(size, np.float32)
+    for b, row in enumerate(rows):
+        if row is not None:
+            part = slice(0, len(row.ids))
+            tokens[b, part], attend[b, part] = row.ids, 1
+            marks[b, row.ends], labels[b, row.ends] = 1, row.labels
+    return Steps(tokens, attend, marks, labels)

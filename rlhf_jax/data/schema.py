@@ -50,6 +50,9 @@ class Example(NamedTuple):
     scores: tuple[float, ...] = ()  # higher is better; () if nothing is scored
     margin: float = 0.0  # how much higher the better of two should score
     language: str = ""  # as the row names it
+    # The steps of one answer, in a file that judges them one by one; `responses` are () then.
+    steps: tuple[str, ...] = ()
+    labels: tuple[float, ...] = ()  # of each step, from 0 (wrong) to 1 (right)
     extra: Row = {}  # every field of the row that its format did not use, as it is in the file
 
     @property

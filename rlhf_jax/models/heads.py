@@ -89,6 +89,18 @@ def scalar(model: Model, hidden: Float[Array, "*b D"]) -> Float[Array, "*b"]:
     return (layers.dot(hidden.astype(jnp.float32), head["kernel"]) + head["bias"])[..., 0]
 
 
+def init_scorer(policy: Model, key: Array) -> Model:
+    """The scorer that training starts from: the model without its language-model head.
+
+    A scalar head that the model already has is kept; otherwise `transformer.with_score_head` draws
+    a new one from `key`.
+    """
+    scorer = transformer.without_lm_head(policy)
+    if transformer.has_score_head(scorer):
+        return scorer
+    return transformer.with_score_head(scorer, key)
+
+
 def token_values(model: Model, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
     """Value of the state before each token: the scalar head's output one token earlier."""
     return losses.align(scalar(model, hidden))
