@@ -110,7 +110,7 @@ def comparisons(
 def steps(mesh: jax.sharding.Mesh, batch: int, length: int) -> Steps:
     """A batch of rows of `length` tokens whose steps are labelled."""
     ints, floats = Shape((batch, length), jnp.int32), Shape((batch, length), jnp.float32)
-    return sharding.abstract_rows(mesh, Steps(ints, ints, floats, floats))
+    return sharding.abstract_rows(mesh, Steps(ints, ints, floats, floats, ints))
 
 
 def prompts(mesh: jax.sharding.Mesh, rows: int, length: int, reference: int = 0) -> Prompts:

@@ -229,7 +229,7 @@ def test_loss_and_gradient_are_those_of_torchs_cross_entropy_of_two_classes(monk
     soft = rng.random((3, 6)).astype(np.float32) * marks
 
     for labels in (hard, soft):
-        batch = batches.Steps(attend, attend, jnp.asarray(marks), jnp.asarray(labels))
+        batch = batches.Steps(attend, attend, jnp.asarray(marks), jnp.asarray(labels), attend)
 
         def ours(scores, batch):
             return process_reward.loss(config, {"scorer": scores}, batch)[0]

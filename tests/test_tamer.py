@@ -50,6 +50,19 @@ def test_a_whole_response_is_one_part():
     np.testing.assert_array_equal(np.sum(found.ratings, axis=1), batch.scores.reshape(-1))
 
 
+def test_every_step_is_a_part_with_its_label():
+    rows = [{"prompt": "ab", "completions": ["cd", "efg"], "labels": [1.0, 0.0]}]
+    examples = batches.steps(rows, tiny.TOKENIZER, 4, 10)
+    (batch,) = batches.Loader(examples, 1).epoch_batches()
+    found = tamer.feedback(jax.tree.map(jnp.asarray, batch))
+    start = int(np.argmax(found.parts[0] > 0))
+    # Each step has its separator.
+    np.testing.assert_array_equal(found.parts[0, start : start + 7], [1, 1, 1, 2, 2, 2, 2])
+    assert not np.any(found.parts[0, :start]) and not np.any(found.parts[0, start + 7 :])
+    np.testing.assert_array_equal(tamer.per_part(found.ends, found.parts)[0, :3], [0, 1, 1])
+    np.testing.assert_array_equal(tamer.per_part(found.ratings, found.parts)[0, :3], [0, 1, 0])
+
+
 # ------------------------------------------------------------------------ a linear model of ratings
 
 
@@ -118,6 +131,16 @@ def ratings(batch_size=8):
 def run(config=RUN, mesh="1x1x1", data=None, **options):
     data = data or ratings(config.batch_size)
     return tamer.run(config, tiny.model(mesh), data, runtime=tiny.runtime(mesh), **options)
+
+
+def steps(batch_size=8):
+    rows = [{"prompt": w, "completions": [w + "xx", "zz"], "labels": [1, 0]} for w in tiny.WORDS]
+    return batches.Loader(batches.steps(rows, tiny.TOKENIZER, 4, 10), batch_size)
+
+
+def test_steps_that_were_rated_well_earn_more():
+    result = run(dataclasses.replace(RUN, num_steps=60), data=steps())
+    assert result.history[-1]["ratings/error"] < 0.1 < result.history[0]["ratings/error"]
 
 
 @pytest.mark.parametrize("loss_fn", [tamer.loss, tamer.recent_loss], ids=["uniform", "recent"])

@@ -33,7 +33,7 @@ from rlhf_jax.abstract import Stage
 from rlhf_jax.algorithms import q_learning
 from rlhf_jax.config import Share, Whole
 from rlhf_jax.data import loader
-from rlhf_jax.data.batches import Comparisons, Loader
+from rlhf_jax.data.batches import Comparisons, Loader, Steps
 from rlhf_jax.models import action_values, heads, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.training import loop
@@ -71,8 +71,13 @@ class Feedback(NamedTuple):
     ratings: Float[Array, "N T"]  # of the part, on its last token
 
 
-def feedback(batch: Comparisons) -> Feedback:
-    """A batch as rated parts: whole responses. Raises ValueError where rows lack scores."""
+def feedback(batch: Comparisons | Steps) -> Feedback:
+    """A batch as rated parts: steps, or whole responses.
+
+    Raises ValueError where only some rows of the data have scores.
+    """
+    if isinstance(batch, Steps):
+        return Feedback(batch.tokens, batch.attend, batch.parts, batch.marks, batch.labels)
     rows = q_learning.rows_of(batch)
     ends = advantages.last_token(rows.mask)
     return Feedback(rows.tokens, rows.attend, rows.mask.astype(jnp.int32), ends, rows.rewards)
@@ -110,7 +115,7 @@ def recent(config: Config, given: Feedback) -> Float[Array, "N T"]:
 # --------------------------------------------------------------------------------------- the loss
 
 
-def loss(config: Config, params: dict, batch: Comparisons, *, credit: Callable = uniform):
+def loss(config: Config, params: dict, batch: Comparisons | Steps, *, credit: Callable = uniform):
     """Mean over the rated parts of (rating - sum of c_t H_t)^2.
 
     credit: (config, feedback) -> c [N, T], whose sum over each part is 1.
@@ -153,10 +158,12 @@ def run(
     """Trains a network of what tokens earn, continuing from the newest checkpoint if there is one.
 
     It starts as the trunk of `policy` with a head at 0; the policy itself does not change. All
-    ratings are learned from in every epoch, whoever's responses they are of. Raises ValueError if
-    the batch does not divide over the mesh or has no scores, TrainingStopped on a non-finite step.
+    ratings are learned from in every epoch, whoever wrote the responses. `ratings` is a loader of
+    `batches.scored` or of `batches.steps`. Raises ValueError if the batch does not divide over the
+    mesh or has no scores, TrainingStopped on a non-finite step.
     """
-    loader.expect(ratings, "tamer.run", Comparisons)
+    if ratings.examples.kind is not Steps:
+        loader.expect(ratings, "tamer.run", Comparisons)
     trained, history = loop.fit(
         config,
         {"network": action_values.single(policy, jax.random.key(config.seed))},

@@ -246,11 +246,12 @@ def steps(
             found = f"'completions[{pieces.index([])}]' has no tokens"
             schema.fail(found, "remove the step, or use a tokenizer that knows its characters")
         pieces = [piece + between for piece in pieces]
-        ends = len(ids) + np.cumsum([len(piece) for piece in pieces])
-        if ends[-1] - len(ids) > max_response:
+        start = len(ids)
+        ends = start + np.cumsum([len(piece) for piece in pieces])
+        if ends[-1] - start > max_response:
             return LONG_RESPONSE
         ids = _int32([*ids, *itertools.chain(*pieces)])
-        return records.StepRow(ids, _int32(ends - 1), example.labels)
+        return records.StepRow(ids, start, _int32(ends - 1), example.labels)
 
     length = max_prompt + max_response
     reading = _Reading(formats.judged_steps, _without_extra, format, on_bad_row, length)

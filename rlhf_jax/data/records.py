@@ -76,6 +76,7 @@ class Steps(NamedTuple):
     attend: Int[Array | np.ndarray, "B T"]  # 1 on every real token
     marks: Float[Array | np.ndarray, "B T"]  # 1 on the last token of each step
     labels: Float[Array | np.ndarray, "B T"]  # at the marks, from 0 (wrong) to 1 (right); else 0
+    parts: Int[Array | np.ndarray, "B T"]  # 1, 2, ... on the tokens of each step; else 0
 
 
 Batch = Demonstrations | Comparisons | Prompts | Steps
@@ -128,6 +129,7 @@ class StepRow(NamedTuple):
     """A prompt and the steps that follow it, as tokens."""
 
     ids: Int[np.ndarray, " T"]
+    start: int  # where the first step begins
     ends: Int[np.ndarray, " N"]  # where the last token of each step is
     labels: tuple[float, ...]  # of each step
 
@@ -302,11 +304,13 @@ def collate_steps(
     del index
     size = (len(rows), shape.length)
     tokens = np.full(size, shape.pad_id, np.int32)
-    attend = np.zeros(size, np.int32)
-    marks, labels = np.zeros(size, np.float32), np.zeros(size, np.float32)
+    attend, parts = np.zeros((2, *size), np.int32)
+    marks, labels = np.zeros((2, *size), np.float32)
     for b, row in enumerate(rows):
         if row is not None:
-            part = slice(0, len(row.ids))
-            tokens[b, part], attend[b, part] = row.ids, 1
+            whole = slice(0, len(row.ids))
+            tokens[b, whole], attend[b, whole] = row.ids, 1
             marks[b, row.ends], labels[b, row.ends] = 1, row.labels
-    return Steps(tokens, attend, marks, labels)
+            lengths = np.diff(row.ends, prepend=row.start - 1)
+            parts[b, row.start : len(row.ids)] = np.repeat(1 + np.arange(len(lengths)), lengths)
+    return Steps(tokens, attend, marks, labels, parts)

@@ -19,7 +19,7 @@ def show(row: Batch, tokenizer: Tokenizer) -> str:
             return _marked(tokens[attend > 0], mask[attend > 0], tokenizer)
         case Prompts(tokens, attend):
             return _marked(tokens[attend > 0], np.zeros(np.sum(attend > 0)), tokenizer)
-        case Steps(tokens, attend, marks, labels):
+        case Steps(tokens, attend, marks, labels, _):
             return _labelled(tokens[attend > 0], marks[attend > 0], labels[attend > 0], tokenizer)
         case Comparisons(tokens, attend, _, ranks, present, margin, _):
             lines = [f"margin {float(margin):g}"] if margin else []
