@@ -11,7 +11,12 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "notebooks"
-FIGURES = {"01_tour.ipynb": 7, "02_swap_the_loss.ipynb": 1, "03_your_own_algorithm.ipynb": 1}
+FIGURES = {
+    "01_tour.ipynb": 7,
+    "02_swap_the_loss.ipynb": 1,
+    "03_your_own_algorithm.ipynb": 1,
+    "04_sampling_and_policy.ipynb": 2,
+}
 KILOBYTES = 400
 
 DECIMAL = r"[+-]?\d+(?:\.\d+(?:e[+-]\d+)?|e[+-]\d+)"
@@ -20,7 +25,7 @@ DECIMAL = r"[+-]?\d+(?:\.\d+(?:e[+-]\d+)?|e[+-]\d+)"
 # digits on the processor. Here stands, for a figure of such a cell and the words around it, how far
 # a fresh one may be from the stored one: 0 for counts, and otherwise the spread (the largest less
 # the smallest) of three runs of the notebook, with SEED = 0, 1 and 2, on 2 cores of an Intel Xeon
-# on 2026-11-24 (notebook 3: 2026-11-26).
+# on 2026-11-24 (notebooks 3 and 4: 2026-11-26).
 SPREAD = {
     "01_tour.ipynb": {
         r"(\d+) held-out pairs": 0,
@@ -41,10 +46,16 @@ SPREAD = {
         r"cross entropy \S+ -> (\S+)": 0.05,
         r"loss 0.6931 -> (\S+)": 0.068,
     },
+    "04_sampling_and_policy.ipynb": {
+        r"(\d+) prompts to train on": 0,
+        r"(\d+) held out": 0,
+        r"cross entropy \S+ -> (\S+)": 0.01,
+    },
 }
-# The same for what PPO has learned. It draws its own data, so another last digit soon means other
-# samples, and another processor is like another seed. The difference of two normal draws exceeds
-# the mean spread of three in a quarter of the cases, and three times that in 3 of 10,000.
+# The same for what PPO has learned, and in notebook 4 for everything that was sampled. PPO draws
+# its own data, so another last digit soon means other samples, and another processor is like
+# another seed. The difference of two normal draws exceeds the mean spread of three in a quarter of
+# the cases, and three times that in 3 of 10,000.
 SPREAD_OF_PPO = {
     "01_tour.ipynb": {
         r"gold score (\S+) ±": 0.03,
@@ -68,6 +79,26 @@ SPREAD_OF_PPO = {
         r"parts mentioned: (\S+) -> RLOO": 0.18,
         r"-> RLOO (\S+)": 0.46,
         r"-> GRPO (\S+)": 0.11,
+    },
+    "04_sampling_and_policy.ipynb": {
+        r"best of 4: reward (\S+),": 0.03,
+        r"estimated (\S+) from": 0.025,
+        r"greedy: mean reward (\S+),": 0.21,
+        r"temperature 0.5: mean reward (\S+),": 0.01,
+        r"temperature 0.5: .* best of 8 (\S+)": 0.02,
+        r"temperature 1.0: mean reward (\S+),": 0.03,
+        r"temperature 1.0: .* best of 8 (\S+)": 0.04,
+        r"beam search: mean reward (\S+),": 0.13,
+        r"beam search: .* best of 8 (\S+)": 0.13,
+        r"temperature 1: (\S+) in training": 0.03,
+        r"temperature 1: .*, (\S+) at 0.5": 0.02,
+        r"temperature 0.5: (\S+) in training": 0.03,
+        r"temperature 0.5: .*, (\S+) at temperature": 0.13,
+        r"top-p 0.8: (\S+) in training": 0.04,
+        r"top-p 0.8: .*, (\S+) at temperature": 0.06,
+        r"ESRL: .*, (\S+) at temperature": 0.1,
+        r"ESRL: .*, (\S+) at 0.5": 0.05,
+        r"trained on (\d+) of": 33,
     },
 }
 SPREADS_OF_PPO = 3
