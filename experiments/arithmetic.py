@@ -168,7 +168,9 @@ config = Config(
         policy_optimizer=RATE,
         kl_coef=0.0,
     ),
-    ilql=ValueConfig(num_steps=400, batch_size=64, optimizer=RATE),
+    ilql=ValueConfig(
+        num_steps=400, batch_size=64, optimizer=RATE, monte_carlo=0.9, cql_weight=0.003
+    ),
 )
 
 

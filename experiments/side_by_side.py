@@ -178,7 +178,14 @@ config = Config(
     esrl=ESRL,
     esrl_at_random=ESRL,
     dpo=dpo.Config(num_steps=200, batch_size=64, optimizer=falling(1e-4), beta=0.15),
-    ilql=ValueConfig(num_steps=300, batch_size=8, optimizer=falling(3e-4), guide_weight=4.0),
+    ilql=ValueConfig(
+        num_steps=300,
+        batch_size=8,
+        optimizer=falling(3e-4),
+        monte_carlo=0.9,
+        cql_weight=0.003,
+        guide_weight=8.0,
+    ),
     soft_q=ValueConfig(
         num_steps=300, batch_size=8, optimizer=falling(3e-4), beta=0.15, guide_weight=1 / 0.15
     ),

@@ -33,6 +33,15 @@ def extend_after_eos(mask: Float[Array, "B T"]) -> Float[Array, "B T"]:
     return jnp.maximum(mask.astype(jnp.float32), following)
 
 
+def of_next(values: Float[Array, "B T"], mask: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """The value of the state after each active token; 0 after the last one. [B, T] -> [B, T].
+
+    `values` are of the state before each token. The mask has no gaps.
+    """
+    following = jnp.where(mask > 0, values, 0.0)[:, 1:]
+    return jnp.pad(following, ((0, 0), (0, 1))) * mask
+
+
 def shaped_rewards(
     *,
     scores: Float[Array, " B"],

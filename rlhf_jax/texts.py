@@ -33,9 +33,10 @@ from rlhf_jax.data.schema import Message
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import heads, transformer
 from rlhf_jax.models.transformer import Model
-from rlhf_jax.sampling import beam, decode
+from rlhf_jax.sampling import beam, decode, diverse
 from rlhf_jax.sampling.beam import Beam
 from rlhf_jax.sampling.decode import Guide
+from rlhf_jax.sampling.diverse import DiverseBeam
 from rlhf_jax.sampling.settings import Sampling, check_vocabulary
 from rlhf_jax.training.metrics import Display, Log
 
@@ -296,7 +297,8 @@ def _answers(model, guide, sampling, root, tokens, attend, index, sample, *, end
 @functools.partial(jax.jit, static_argnames="ends")
 def _hypotheses(model, settings, tokens, attend, *, ends):
     """The best answers to prompts [B, P]: (tokens [B, n, R], lengths [B, n])."""
-    found = beam.search(model, tokens, attend, beam=settings, ends=ends)
+    search = diverse.search if isinstance(settings, DiverseBeam) else beam.search
+    found = search(model, tokens, attend, beam=settings, ends=ends)
     return found.tokens, found.lengths
 
 

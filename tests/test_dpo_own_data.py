@@ -52,7 +52,7 @@ def start(program, config, workdir):
     return launch.launch(program.run, config, ["--workdir", str(workdir), *ONE_DEVICE])
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_pretrained_model_is_tuned_measured_and_exported(
     program, tmp_path, preferences, real_data, called_programs, monkeypatch, lora_rank
 ):

@@ -107,6 +107,7 @@ def temporaries(length):
     ]
 
 
+@pytest.mark.slow
 def test_the_memory_of_one_pass_grows_with_the_length_and_that_of_decoding_faster(
     no_shape_checks,
 ):

@@ -105,6 +105,7 @@ NEVER = {"tensorflow", "torch"}
 SHIFTS = {
     ("losses.py", "align"),
     ("advantages.py", "extend_after_eos"),
+    ("advantages.py", "of_next"),
     ("models/transformer.py", "positions"),
     ("models/rope.py", "rotate"),  # along the features
 }

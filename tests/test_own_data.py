@@ -87,7 +87,7 @@ def logits(folder, tokens):
     return np.asarray(transformer.logits(model, hidden))
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_pretrained_model_is_tuned_aligned_and_read_by_transformers(
     own_data, start, tmp_path, files, real_data, lora_rank
 ):

@@ -114,7 +114,7 @@ TINY = dict(
 )
 
 
-@pytest.mark.parametrize("name", ["openrlhf", "verl"])
+@pytest.mark.parametrize("name", [pytest.param("openrlhf", marks=pytest.mark.slow), "verl"])
 def test_a_preset_runs(name):
     preset = getattr(ppo_presets, name)
     given = {**preset.functions}

@@ -11,12 +11,13 @@ import optax
 import pytest
 import tiny
 
-from rlhf_jax import losses, sharding, texts
+from rlhf_jax import advantages, losses, sharding, texts
 from rlhf_jax.algorithms import q_learning
 from rlhf_jax.data import batches
 from rlhf_jax.data.records import Comparisons
 from rlhf_jax.models import action_values, lora, transformer
 from rlhf_jax.models.transformer import Model
+from rlhf_jax.rewards.episodes import Episodes
 from rlhf_jax.sampling import Sampling, decode
 from rlhf_jax.sampling.decode import Guide
 from rlhf_jax.training.checkpoint import Checkpoints
@@ -173,8 +174,8 @@ def test_the_table_of_q_learning_converges_to_dynamic_programming():
 def test_the_value_of_the_next_state_stands_one_token_before_and_nothing_follows_the_last():
     values = jnp.array([[9.0, 1.0, 2.0, 3.0, 9.0]])
     mask = jnp.array([[0.0, 1.0, 1.0, 1.0, 0.0]])
-    np.testing.assert_array_equal(q_learning.of_next(values, mask), [[0, 2, 3, 0, 0]])
-    rows = q_learning.Rows(None, None, mask, jnp.array([[0.0, 0.0, 0.0, 5.0, 0.0]]))
+    np.testing.assert_array_equal(advantages.of_next(values, mask), [[0, 2, 3, 0, 0]])
+    rows = Episodes(None, None, mask, jnp.array([[0.0, 0.0, 0.0, 5.0, 0.0]]))
     for share, wanted in ((0.0, [1.0, 1.5, 5.0]), (1.0, [1.25, 2.5, 5.0])):
         config = q_learning.Config(discount=0.5, monte_carlo=share)
         found = q_learning.targets(config, rows, values)
@@ -183,7 +184,7 @@ def test_the_value_of_the_next_state_stands_one_token_before_and_nothing_follows
 
 def test_targets_of_paths_are_the_score_minus_later_advantages():
     mask = jnp.array([[0.0, 1.0, 1.0, 1.0, 0.0]])
-    rows = q_learning.Rows(None, None, mask, jnp.array([[0.0, 0.0, 0.0, 5.0, 0.0]]))
+    rows = Episodes(None, None, mask, jnp.array([[0.0, 0.0, 0.0, 5.0, 0.0]]))
     q = jnp.array([[7.0, 1.0, 2.0, 4.0, jnp.nan]])
     values = jnp.array([[7.0, 0.5, 1.0, 1.5, jnp.nan]])
     found = q_learning.path_targets(rows, q, values)
@@ -448,7 +449,7 @@ def test_a_loader_of_another_kind_and_answers_without_scores_are_refused():
         {"prompt": "d", "responses": ["e", "f"], "ranks": [0, 1]},
     ]
     data = batches.Loader(batches.comparisons(rows, tiny.TOKENIZER, 4, 5), 8)
-    with pytest.raises(ValueError, match="Q-learning reads scores"):
+    with pytest.raises(ValueError, match="this loss reads scores"):
         run(data=data)
 
 

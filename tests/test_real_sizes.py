@@ -145,7 +145,11 @@ def start(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "lora_rank", "mixed"), [("qwen3_1b7_rlhf", 0, False), ("llama3_8b_rlhf", 4, True)]
+    ("name", "lora_rank", "mixed"),
+    [
+        ("qwen3_1b7_rlhf", 0, False),
+        pytest.param("llama3_8b_rlhf", 4, True, marks=pytest.mark.slow),
+    ],
 )
 def test_it_imports_trains_resumes_and_exports_on_eight_devices(
     experiment, start, tmp_path, called_programs, name, lora_rank, mixed

@@ -34,7 +34,11 @@ def reference():
     return config, result, seen
 
 
-@pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1", "2x2x2", "1x2x4"])
+SLOW = pytest.mark.slow
+SOME = [*(pytest.param(x, marks=SLOW) for x in ("8x1x1", "1x8x1")), "2x2x2", "1x2x4"]
+
+
+@pytest.mark.parametrize("mesh", SOME)
 def test_two_ppo_iterations_are_the_same_on_every_mesh(reference, mesh):
     config, expected, rollouts = reference
     seen = []
@@ -51,7 +55,7 @@ def test_two_ppo_iterations_are_the_same_on_every_mesh(reference, mesh):
     assert distance(result.critic, expected.critic) < 1e-3 * moved
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
+@pytest.mark.parametrize("micro_batches", [pytest.param(2, marks=SLOW), 4])
 def test_micro_batches_do_not_change_a_ppo_run(reference, micro_batches):
     config, expected, rollouts = reference
     config = dataclasses.replace(config, micro_batches=micro_batches)
@@ -62,7 +66,7 @@ def test_micro_batches_do_not_change_a_ppo_run(reference, micro_batches):
     assert distance(result.policy, expected.policy) < 1e-3 * moved
 
 
-@pytest.mark.parametrize("mesh", ["8x1x1", "2x2x2"])
+@pytest.mark.parametrize("mesh", [pytest.param("8x1x1", marks=SLOW), "2x2x2"])
 def test_sft_and_reward_model_runs_are_the_same_on_every_mesh(mesh):
     for run, config, data, pick in (
         (sft.run, tiny.SFT, tiny.demonstrations, lambda r: r.policy),

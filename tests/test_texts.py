@@ -15,9 +15,10 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.data import tokenizers
 from rlhf_jax.data.schema import Message
 from rlhf_jax.models import transformer
-from rlhf_jax.sampling import beam, decode
+from rlhf_jax.sampling import beam, decode, diverse
 from rlhf_jax.sampling.beam import Beam
 from rlhf_jax.sampling.decode import Sampling
+from rlhf_jax.sampling.diverse import DiverseBeam
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -72,6 +73,19 @@ def test_a_search_gives_the_texts_of_the_best_hypotheses(model):
             assert found[2 * i + k] == said.decode(errors="replace")
     with pytest.raises(ValueError, match="beams=265 must be at most the number of tokens, 264"):
         texts.search(model, tiny.TOKENIZER, ["ab"], Beam(beams=265), progress=False)
+
+
+def test_groups_of_a_diverse_search_are_searched(model):
+    settings = DiverseBeam(beams=4, groups=2, diversity=5.0, max_new_tokens=6, num_return=4)
+    found = texts.search(model, tiny.TOKENIZER, ["ab"], settings, progress=False)
+    prompts = jnp.array([[ord("a"), ord("b")]])
+    how = {"beam": settings, "ends": tiny.TOKENIZER.ends}
+    best = jax.jit(functools.partial(diverse.search, **how))(model, prompts, prompts * 0 + 1)
+    for said, row, length in zip(found, np.asarray(best.tokens)[0], np.asarray(best.lengths)[0]):
+        wanted = bytes(x for x in row[:length].tolist() if x < 256)
+        assert said == wanted.decode(errors="replace")
+    plain = Beam(beams=4, max_new_tokens=6, num_return=4)
+    assert found != texts.search(model, tiny.TOKENIZER, ["ab"], plain, progress=False)
 
 
 def test_answers_depend_neither_on_the_batch_nor_on_the_other_prompts(model, answers):

@@ -43,6 +43,8 @@ from rlhf_jax.data import loader
 from rlhf_jax.data.batches import Comparisons, Loader
 from rlhf_jax.models import action_values, heads, partition, transformer
 from rlhf_jax.models.transformer import Model
+from rlhf_jax.rewards import episodes
+from rlhf_jax.rewards.episodes import Episodes
 from rlhf_jax.training import loop
 from rlhf_jax.training import state as training
 from rlhf_jax.training.loop import Runtime
@@ -83,45 +85,15 @@ class Result(NamedTuple):
     history: list[dict[str, Any]]
 
 
-class Rows(NamedTuple):
-    """Responses as steps of a decision process, N = B * K rows."""
-
-    tokens: Int[Array, "N T"]
-    attend: Int[Array, "N T"]
-    mask: Float[Array, "N T"]  # 1 on the actions: the response's tokens
-    rewards: Float[Array, "N T"]
-
-
 # --------------------------------------------------------------------------------- the equations
 
 
-def rows_of(batch: Comparisons) -> Rows:
-    """The responses of a batch. Raises ValueError where only some rows of the data have scores."""
-    if batch.scores is None:
-        raise ValueError(
-            "Q-learning reads scores, which only some rows of the dataset have; give every row its "
-            "scores, or none (its ranks then stand in for them)"
-        )
-    tokens, attend, mask = (
-        x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.attend, batch.mask)
-    )
-    scores = batch.scores.reshape(-1)
-    last = advantages.last_token(mask)
-    return Rows(tokens, attend, mask, jnp.where(last > 0, scores[:, None], 0.0))
-
-
-def of_next(values: Float[Array, "N T"], mask: Float[Array, "N T"]) -> Float[Array, "N T"]:
-    """The value of the state after each action; 0 after the last one, where nothing follows."""
-    following = jnp.where(mask > 0, values, 0.0)[:, 1:]
-    return jnp.pad(following, ((0, 0), (0, 1))) * mask
-
-
-def targets(config: Config, rows: Rows, values: Float[Array, "N T"]) -> Float[Array, "N T"]:
+def targets(config: Config, rows: Episodes, values: Float[Array, "N T"]) -> Float[Array, "N T"]:
     """What Q is regressed on: r + discount V(s'), mixed with the return of the response.
 
     `values` [N, T] are of the state before each token. No gradient passes.
     """
-    bootstrapped = rows.rewards + config.discount * of_next(values, rows.mask)
+    bootstrapped = rows.rewards + config.discount * advantages.of_next(values, rows.mask)
     returns, _ = advantages.gae(
         rewards=rows.rewards,
         values=jnp.zeros_like(rows.rewards),
@@ -146,7 +118,7 @@ def expectile_loss(
 
 
 def path_targets(
-    rows: Rows, q: Float[Array, "N T"], values: Float[Array, "N T"]
+    rows: Episodes, q: Float[Array, "N T"], values: Float[Array, "N T"]
 ) -> Float[Array, "N T"]:
     """The sum of r from t on, minus that of Q - V after t. No gradient passes.
 
@@ -200,7 +172,7 @@ def ilql_loss(config: Config, params: dict, batch: Comparisons):
     The paper also trains p on the data; here p is the policy that decoding is given. Its networks
     have heads of two layers, these have one.
     """
-    rows, network, target = rows_of(batch), params["network"], params["target"]
+    rows, network, target = episodes.of_responses(batch), params["network"], params["target"]
     _check_target(network, target)
     frozen = jax.lax.stop_gradient(target)
 
@@ -234,7 +206,7 @@ def double_dqn_loss(config: Config, params: dict, batch: Comparisons):
     The maximum is over the policy's `top_k` most likely tokens: one over the whole vocabulary would
     be of tokens that no response of the data has, whose Q is whatever it happens to be.
     """
-    rows, network, target = rows_of(batch), params["network"], params["target"]
+    rows, network, target = episodes.of_responses(batch), params["network"], params["target"]
     _check_target(network, target)
     models = (params["policy"], network, target)
 
@@ -251,7 +223,7 @@ def double_dqn_loss(config: Config, params: dict, batch: Comparisons):
 
 def soft_q_loss(config: Config, params: dict, batch: Comparisons):
     """(r + discount V(s') - Q)^2, a mean over the tokens, V = beta log E_p exp(Q / beta)."""
-    rows = rows_of(batch)
+    rows = episodes.of_responses(batch)
     q, _, values = _soft(config, params, rows)
     value = losses.masked_mean(jnp.square(targets(config, rows, values) - q), rows.mask)
     return value, _metrics(rows, q)
@@ -259,13 +231,13 @@ def soft_q_loss(config: Config, params: dict, batch: Comparisons):
 
 def soft_q_paths_loss(config: Config, params: dict, batch: Comparisons):
     """(`path_targets` - Q)^2, a mean over the tokens; `discount` and `monte_carlo` are not read."""
-    rows = rows_of(batch)
+    rows = episodes.of_responses(batch)
     q, theirs, values = _soft(config, params, rows)
     value = losses.masked_mean(jnp.square(path_targets(rows, theirs, values) - q), rows.mask)
     return value, _metrics(rows, q)
 
 
-def _soft(config: Config, params: dict, rows: Rows):
+def _soft(config: Config, params: dict, rows: Episodes):
     """(Q of each token, the target's, the target's V of the state before it), [N, T] each."""
     network, target = params["network"], params["target"]
     _check_target(network, target)
@@ -286,14 +258,14 @@ def _q(network: Model, hidden: Float[Array, "N T D"], tokens: Int[Array, "N T"])
     return action_values.chosen(network, hidden, tokens)[0][0]
 
 
-def _mapped(of_rows: Callable, config: Config, rows: Rows, network: Model):
+def _mapped(of_rows: Callable, config: Config, rows: Episodes, network: Model):
     recompute = heads.must_recompute(network)
     return heads.map_rows(
         of_rows, config.micro_batches, rows.tokens, rows.attend, recompute=recompute
     )
 
 
-def _metrics(rows: Rows, q: Float[Array, "N T"]) -> dict[str, Array]:
+def _metrics(rows: Episodes, q: Float[Array, "N T"]) -> dict[str, Array]:
     last = advantages.last_token(rows.mask)
     first = rows.mask * (jnp.cumsum(rows.mask, axis=1) == 1)
     return {

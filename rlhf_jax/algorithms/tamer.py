@@ -30,12 +30,12 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax import abstract, advantages, losses
 from rlhf_jax.abstract import Stage
-from rlhf_jax.algorithms import q_learning
 from rlhf_jax.config import Share, Whole
 from rlhf_jax.data import loader
 from rlhf_jax.data.batches import Comparisons, Loader, Steps
 from rlhf_jax.models import action_values, heads, transformer
 from rlhf_jax.models.transformer import Model
+from rlhf_jax.rewards import episodes
 from rlhf_jax.training import loop
 from rlhf_jax.training.loop import Runtime
 from rlhf_jax.training.metrics import Display
@@ -78,7 +78,7 @@ def feedback(batch: Comparisons | Steps) -> Feedback:
     """
     if isinstance(batch, Steps):
         return Feedback(batch.tokens, batch.attend, batch.parts, batch.marks, batch.labels)
-    rows = q_learning.rows_of(batch)
+    rows = episodes.of_responses(batch)
     ends = advantages.last_token(rows.mask)
     return Feedback(rows.tokens, rows.attend, rows.mask.astype(jnp.int32), ends, rows.rewards)
 

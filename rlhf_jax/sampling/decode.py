@@ -344,6 +344,25 @@ def _rows_of_each(prompts: Array, keys: Array) -> int:
     return rows
 
 
+def _reading(model, guide: Guide | None, prompts, attend, size: int, rows: int):
+    """Reads the prompts: (logits [M, V] after them, caches, the step that `decode_loop` takes)."""
+    models = [model] if guide is None else [model, guide.network]
+    models = [decoding.weights_for(x) for x in models]
+
+    def logits(hiddens):
+        found = transformer.logits(models[0], hiddens[0])
+        if guide is None:
+            return found
+        return found + guide.weight * action_values.values(models[1], hiddens[1])
+
+    def step(caches, token):
+        hiddens, caches = zip(*(decoding.decode(*x, token) for x in zip(models, caches)))
+        return logits(hiddens), caches
+
+    hiddens, caches = zip(*(decoding.prefill(x, prompts, attend, size, rows) for x in models))
+    return jnp.repeat(logits(hiddens), rows, axis=0), caches, step
+
+
 def sample(
     model: transformer.Model,
     prompts: Int[Array, "B P"],
@@ -375,22 +394,9 @@ def sample(
     """
     check_sampling(prompts, attend, ends)
     rows = _rows_of_each(prompts, keys)
-    models = [model] if guide is None else [model, guide.network]
-    models = [decoding.weights_for(x) for x in models]
     size = prompts.shape[1] + sampling.max_new_tokens
-    hiddens, caches = zip(*(decoding.prefill(x, prompts, attend, size, rows) for x in models))
+    logits, caches, step = _reading(model, guide, prompts, attend, size, rows)
     prompts, attend = (jnp.repeat(x, rows, axis=0) for x in (prompts, attend))
-
-    def logits(hiddens):
-        found = transformer.logits(models[0], hiddens[0])
-        if guide is None:
-            return found
-        return found + guide.weight * action_values.values(models[1], hiddens[1])
-
-    def step(caches, token):
-        found = [decoding.decode(*x, token) for x in zip(models, caches)]
-        hiddens, caches = zip(*found)
-        return logits(hiddens), caches
 
     def penalise(logits, tokens, count):
         return penalties.apply(sampling, ends, logits, History(prompts, attend, tokens, count))
@@ -406,7 +412,7 @@ def sample(
     drawn = decode_loop(
         step,
         caches,
-        jnp.repeat(logits(hiddens), rows, axis=0),
+        logits,
         keys,
         sampling=sampling,
         ends=ends,
