@@ -17,7 +17,19 @@ With several seeds a curve is their mean, and a band shows the lowest and the hi
     rlhf-jax-plot docs/conventions.png runs/conventions0 runs/conventions1 runs/conventions2 \\
         --stages trl openrlhf verl instructgpt
 
-Result: TODO
+Result on 2 cores of an Intel Xeon, 2026-11-26, seeds 0, 1, 2, with 4 answers to each of the 128
+held-out prompts (the warm start has a gold score of 0.42, 0.40, 0.42):
+
+                   updates   gold               KL, nats per response   distinct bigrams
+    TRL            120       0.82, 0.80, 0.81   7.7, 8.9, 8.3           0.13, 0.11, 0.13
+    OpenRLHF       30        0.81, 0.78, 0.80   6.1, 6.6, 6.6           0.16, 0.16, 0.16
+    verl           30        0.82, 0.74, 0.80   6.3, 7.1, 6.2           0.15, 0.15, 0.17
+    InstructGPT    240       0.77, 0.76, 0.66   11.2, 12.1, 19.8        0.10, 0.09, 0.08
+
+At these learning rates the number of updates tells most: with eight minibatches and a KL
+coefficient of 0.02 the reward ends highest (2.6 to 3.2, against 2.2 to 2.7 with 30 updates), the
+gold score turns after ten iterations and the responses become alike. One update per iteration
+learns more slowly and drifts less, even without any KL (verl).
 """
 
 from __future__ import annotations
