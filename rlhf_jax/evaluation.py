@@ -177,7 +177,11 @@ def assess(exam: Exam, answers: Answers) -> Evaluation:
 
 
 def scored(found: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Several answers to each prompt as rows with their scores: what `batches.scored` reads."""
+    """Several answers to each prompt as rows with their scores: what `batches.scored` reads.
+
+    Rows are texts, which are tokenised anew, with EOS also after an answer that was cut off. A
+    prompt has lost the special tokens of a chat template.
+    """
     return [
         {
             "prompt": prompt,

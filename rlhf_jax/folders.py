@@ -72,6 +72,11 @@ def export(
     new one written last, so that after an interruption there is the old folder, the new one, or
     one that nothing takes for a model. (A folder in a bucket could not be renamed.)
     """
+    if "q" in model.weights:
+        raise ValueError(
+            "a network of action values is no model that transformers has; export the policy, and "
+            "keep the network's checkpoint"
+        )
     folder = storage.path(folder)
     head = "score" if "score" in model.weights else "lm"
     model = lora.merge(model)

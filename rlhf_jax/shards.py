@@ -253,10 +253,10 @@ def over_vocabulary(fn: Callable, hidden, unembedding, tokens, *numbers):
     """Inside a program: `fn(hidden, unembedding, tokens, *numbers, vocabulary=axis)` on each shard.
 
     hidden [B, T, D], unembedding [D, V], tokens [B, T] -> arrays [B, T]; for several models
-    `hidden` and `unembedding` are tuples. The function gets some of
-    the rows, all of the width (gathered once, so that no loop of `fn` gathers it again), and the
-    columns of one shard of the mesh axis `vocabulary`, or all columns with `vocabulary=None`. Its
-    results must be the same on all shards of that axis.
+    `hidden` and `unembedding` are tuples. The function gets some of the rows, all of the width
+    (gathered once, so that no loop of `fn` gathers it again), and the columns of one shard of the
+    mesh axis `vocabulary`, or all columns with `vocabulary=None`. Its results must be the same on
+    all shards of that axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

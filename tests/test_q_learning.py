@@ -11,7 +11,7 @@ import optax
 import pytest
 import tiny
 
-from rlhf_jax import advantages, losses, sharding, texts
+from rlhf_jax import advantages, folders, losses, sharding, texts
 from rlhf_jax.algorithms import q_learning
 from rlhf_jax.data import batches
 from rlhf_jax.data.records import Comparisons
@@ -439,6 +439,29 @@ def test_a_target_network_of_another_shape_is_refused():
 def test_a_guide_without_action_values_is_refused():
     with pytest.raises(ValueError, match=r"has a head q.* this model has \['head'\]"):
         drawn(tiny.model(), Guide(tiny.model(), 1.0))
+
+
+def test_what_is_no_guide_and_values_of_another_vocabulary_are_refused():
+    policy, network = guided()
+    with pytest.raises(ValueError, match=r"takes decode.Guide\(network, weight\), not Model"):
+        decode._check_guide(policy, network)
+    shape = dataclasses.replace(tiny.SHAPE, vocab_size=300)
+    other = action_values.single(transformer.init(shape, jax.random.key(0)), jax.random.key(0))
+    with pytest.raises(ValueError, match="values of 300 tokens, but the policy has 264"):
+        drawn(policy, Guide(other, 1.0))
+
+
+def test_a_network_of_values_is_not_exported_over_what_is_there(tmp_path):
+    (tmp_path / "kept").write_text("x")
+    with pytest.raises(ValueError, match="no model that transformers has"):
+        folders.export(tmp_path, guided()[1], tiny.TOKENIZER)
+    assert (tmp_path / "kept").exists()
+
+
+def test_settings_that_targets_of_paths_do_not_read_are_refused():
+    config = dataclasses.replace(RUN, monte_carlo=0.5)
+    with pytest.raises(ValueError, match="targets of paths are whole returns"):
+        run(config, method=q_learning.SOFT_Q_PATHS)
 
 
 def test_a_loader_of_another_kind_and_answers_without_scores_are_refused():

@@ -87,16 +87,14 @@ def run(
     steps: Loader,
     *,
     loss_fn: Callable = loss,
-    name: str = "process_reward",
     held_out: Loader | None = None,
     runtime: Runtime | None = None,
 ) -> Result:
     """Trains a scorer that starts as `policy` (usually the SFT model) under a scalar head.
 
     A scalar head that `policy` already has is trained further. Continues from the newest checkpoint
-    where there is one. `name` is the stage's in the log. `held_out` is evaluated every `eval_every`
-    steps, as by `evaluate`. Raises ValueError if the batch does not divide over the mesh,
-    TrainingStopped on a non-finite step.
+    where there is one. `held_out` is evaluated every `eval_every` steps, as by `evaluate`. Raises
+    ValueError if the batch does not divide over the mesh, TrainingStopped on a non-finite step.
     """
     runtime = runtime or Runtime()
     for data in filter(None, (steps, held_out)):
@@ -110,7 +108,7 @@ def run(
         {"scorer": heads.init_scorer(policy, jax.random.key(config.seed))},
         steps,
         loss_fn=loss_fn,
-        name=name,
+        name="process_reward",
         display=DISPLAY,
         runtime=runtime,
         evaluate=figures if held_out else None,

@@ -281,18 +281,20 @@ def _metrics(rows: Episodes, q: Float[Array, "N T"]) -> dict[str, Array]:
 class Method(NamedTuple):
     """A loss, a function (policy, key) -> the network it trains, and whether it reads the policy.
 
-    `params` has "network", "target" and, if it is read, "policy".
+    `params` has "network", "target" and, if it is read, "policy". bootstraps: whether the loss
+    reads `discount` and `monte_carlo`.
     """
 
     loss: Callable
     network: Callable[[Model, Array], Model]
     reads_policy: bool = True
+    bootstraps: bool = True
 
 
 ILQL = Method(ilql_loss, action_values.twin, reads_policy=False)
 DOUBLE_DQN = Method(double_dqn_loss, action_values.single)
 SOFT_Q = Method(soft_q_loss, action_values.single)
-SOFT_Q_PATHS = Method(soft_q_paths_loss, action_values.single)
+SOFT_Q_PATHS = Method(soft_q_paths_loss, action_values.single, bootstraps=False)
 
 
 def init_state(config: Config, trainable: Any) -> training.TrainState:
@@ -317,12 +319,18 @@ def run(
 ) -> Result:
     """Trains a network of action values, continuing from the newest checkpoint where there is one.
 
-    It starts as the trunk of `policy`, with heads at 0. `answers` is a loader of `batches.scored`.
-    In a policy with an adapter only the adapter and the heads are trained. The policy itself does
-    not change. Raises ValueError if the batch does not divide over the mesh or has no scores,
-    TrainingStopped on a non-finite step.
+    It starts as the trunk of `policy`, with new heads of which all but the twin are 0. `answers` is
+    a loader of `batches.scored`. In a policy with an adapter only the adapter and the heads are
+    trained. The policy itself does not change. Raises ValueError if the batch does not divide over
+    the mesh or has no scores, or for settings that the method does not read; TrainingStopped on a
+    non-finite step.
     """
     loader.expect(answers, "q_learning.run", Comparisons)
+    if not method.bootstraps and (config.discount != 1 or config.monte_carlo):
+        raise ValueError(
+            f"discount={config.discount} and monte_carlo={config.monte_carlo}: targets of paths "
+            "are whole returns; leave them at 1 and 0, or use SOFT_Q"
+        )
     trained, history = loop.fit(
         config,
         {"network": method.network(policy, jax.random.key(config.seed))},

@@ -48,7 +48,10 @@ DISPLAY = Display(
 
 
 class Config(loop.Config):
-    """Settings of a run. `batch_size` counts prompts, with all rated responses to each."""
+    """Settings of a run.
+
+    `batch_size` counts prompts with all responses to each, or rows of steps.
+    """
 
     credit_decay: Share = 0.9  # only `recent` reads it: of the credit, per token before the last
     seed: Whole = 0

@@ -4,9 +4,9 @@
     params = combine(frozen, trainable)      # what a loss is given
 
 A model with a LoRA adapter trains the adapter and the heads that are new (a scalar head, those of
-action values) and freezes the rest; any other
-model is trained whole. The functions are named after equinox's. Nothing is copied: the parts hold
-the models' own arrays, so that models which share a base still share it.
+action values) and freezes the rest; any other model is trained whole. The functions are named after
+equinox's. Nothing is copied: the parts hold the models' own arrays, so that models which share a
+base still share it.
 """
 
 from __future__ import annotations

@@ -344,8 +344,22 @@ def _rows_of_each(prompts: Array, keys: Array) -> int:
     return rows
 
 
+def _check_guide(model: transformer.Model, guide: Any) -> None:
+    """Raises ValueError for a guide that is none, or whose values are not of this vocabulary."""
+    if not isinstance(guide, Guide):
+        raise ValueError(f"guide= takes decode.Guide(network, weight), not {type(guide).__name__}")
+    sizes = model.config.vocab_size, guide.network.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the guide has values of {sizes[1]} tokens, but the policy has {sizes[0]}; make its "
+            "network of the same policy"
+        )
+
+
 def _reading(model, guide: Guide | None, prompts, attend, size: int, rows: int):
     """Reads the prompts: (logits [M, V] after them, caches, the step that `decode_loop` takes)."""
+    if guide is not None:
+        _check_guide(model, guide)
     models = [model] if guide is None else [model, guide.network]
     models = [decoding.weights_for(x) for x in models]
 

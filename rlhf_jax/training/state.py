@@ -145,7 +145,7 @@ def averaged(state: TrainState, decay: float | Array | None) -> TrainState:
         return state
     now = {name: state.trainable[name] for name in state.average}
     moved = jax.tree.map(lambda a, x: x + decay * (a - x), state.average, now)
-    return state._replace(average=moved)
+    return state._replace(average=_keep(state.bad_step < 0, moved, state.average))
 
 
 def gradient_step(
