@@ -33,7 +33,6 @@ from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import actor_critic, esrl, grpo, mrt, ppo, q_learning, reinforce, sft
 from rlhf_jax.config import Count, NonNegative, Share, Whole
 from rlhf_jax.data import batches, tokenizers
-from rlhf_jax.data.batches import Loader
 from rlhf_jax.evaluation import Evaluation, Exam
 from rlhf_jax.launch import Context, launch
 from rlhf_jax.models import transformer
@@ -267,16 +266,19 @@ def action_values(
 ) -> Guide:
     """What ILQL makes of answers of the policy to training prompts."""
     settings = config.ilql
-    exam = exam._replace(prompts=Loader(task.prompts.train, exam.prompts.batch_size))
-    drawn = [evaluation.evaluate(exam, policy, number) for number in range(settings.answers)]
-    rows = evaluation.scored(drawn)[: settings.prompts]
-    limits = (MAX_PROMPT, MAX_RESPONSE + 1)  # EOS after what was cut off
-    examples = batches.scored(rows, TOKENIZER, *limits, on_bad_row="drop")
-    with pipeline.runtime(context, "ilql") as where:
-        answers = Loader(examples, settings.batch_size, config.seed)
-        found = q_learning.run(
-            pipeline.seeded(config.seed, "ilql", settings), policy, answers, runtime=where
-        )
+    found = pipeline.from_answers(
+        q_learning.run,
+        settings,
+        context,
+        task,
+        policy,
+        exam,
+        answers=settings.answers,
+        limits=(MAX_PROMPT, MAX_RESPONSE + 1),  # EOS after what was cut off
+        stage="ilql",
+        seed=config.seed,
+        most=settings.prompts,
+    )
     return Guide(found.network, settings.guide_weight)
 
 

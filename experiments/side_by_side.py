@@ -47,8 +47,6 @@ from rlhf_jax.algorithms import (
     reinforce,
 )
 from rlhf_jax.config import Count, NonNegative
-from rlhf_jax.data import batches
-from rlhf_jax.data.batches import Loader
 from rlhf_jax.evaluation import Exam
 from rlhf_jax.launch import Context, launch
 from rlhf_jax.models.transformer import Model
@@ -259,16 +257,19 @@ def action_values(
 ) -> Guide:
     """What Q-learning makes of answers of the policy to the training prompts."""
     settings, size = vars(config)[name], config.ppo.batch_size
-    exam = pipeline.exam(context, data.task, policy, scorer, SAMPLING, size, seed=config.seed)
-    exam = exam._replace(prompts=Loader(data.task.prompts.train, size), gold=None)
-    drawn = [evaluation.evaluate(exam, policy, number) for number in range(config.answers)]
-    rows = evaluation.scored(drawn)
-    limits = (quickstart.MAX_PROMPT, quickstart.MAX_RESPONSE + 1)  # EOS after what was cut off
-    examples = batches.scored(rows, data.task.tokenizer, *limits, on_bad_row="drop")
-    with pipeline.runtime(context, name) as where:
-        answers = Loader(examples, settings.batch_size, config.seed)
-        settings = pipeline.seeded(config.seed, name, settings)
-        found = q_learning.run(settings, policy, answers, method=BY_VALUE[name], runtime=where)
+    found = pipeline.from_answers(
+        q_learning.run,
+        settings,
+        context,
+        data.task,
+        policy,
+        pipeline.exam(context, data.task, policy, scorer, SAMPLING, size, seed=config.seed),
+        answers=config.answers,
+        limits=(quickstart.MAX_PROMPT, quickstart.MAX_RESPONSE + 1),  # EOS after what was cut off
+        stage=name,
+        seed=config.seed,
+        method=BY_VALUE[name],
+    )
     return Guide(found.network, settings.guide_weight)
 
 

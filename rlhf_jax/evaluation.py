@@ -180,16 +180,18 @@ def scored(found: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """Several answers to each prompt as rows with their scores: what `batches.scored` reads.
 
     Rows are texts, which are tokenised anew, with EOS also after an answer that was cut off. A
-    prompt has lost the special tokens of a chat template.
+    prompt has lost the special tokens of a chat template, and empty answers are left out.
     """
-    return [
-        {
+
+    def row(i: int, prompt: str) -> dict[str, Any]:
+        said = [one for one in found if one.responses[i].strip()]
+        return {
             "prompt": prompt,
-            "responses": [one.responses[i] for one in found],
-            "scores": [float(one.scores[i]) for one in found],
+            "responses": [one.responses[i] for one in said],
+            "scores": [float(one.scores[i]) for one in said],
         }
-        for i, prompt in enumerate(found[0].prompts)
-    ]
+
+    return [row(i, prompt) for i, prompt in enumerate(found[0].prompts)]
 
 
 def figures(found: Evaluation) -> dict[str, float]:

@@ -173,6 +173,37 @@ def online(
         )
 
 
+def from_answers(
+    run: Callable,
+    config: loop.Config,
+    context: Context,
+    task: Task,
+    policy: Model,
+    exam: Exam,
+    *,
+    answers: int,
+    limits: tuple[int, int],
+    stage: str,
+    seed: int,
+    most: int | None = None,
+    **options: Any,
+) -> Any:
+    """One stage that learns from answers of `policy` itself: the algorithm's result.
+
+    It gives `answers` of them to each training prompt (`most`: of the first so many), and the
+    exam's reward scores them. `run(config, policy, loader, ...)` is an algorithm's that takes
+    `batches.scored`; `limits` are the tokens of the longest prompt and response.
+    """
+    asked = exam._replace(prompts=Loader(task.prompts.train, exam.prompts.batch_size), gold=None)
+    drawn = [evaluation.evaluate(asked, policy, number) for number in range(answers)]
+    rows = evaluation.scored(drawn)[:most]
+    examples = batches.scored(rows, task.tokenizer, *limits, on_bad_row="drop")
+    context.log.print(f"{stage}: {batches.describe(examples.counts)}")
+    with runtime(context, stage) as where:
+        data = Loader(examples, config.batch_size, seed)
+        return run(seeded(seed, stage, config), policy, data, runtime=where, **options)
+
+
 def _gold(task: Task, rollout: Rollout) -> dict[str, float]:
     pairs = list(zip(*rollouts.texts(task.tokenizer, rollout)))
     if rollout.given is not None:
