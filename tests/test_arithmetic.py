@@ -1,6 +1,7 @@
 """Sums in words: what levels, splits and the checker promise, and the experiment on them."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -283,6 +284,26 @@ def test_the_experiment_runs_at_toy_size_and_lists_what_it_runs(
     planned = called_programs.of(program.programs(config, tiny.context(mesh)))
     # What else ran puts the times of the reward together, if there are several processes.
     assert planned <= ran and len(planned) == 6
+
+
+def test_action_values_are_learned_from_answers_of_the_warm_start(experiment, tmp_path):
+    program = experiment("arithmetic")
+    config = program.config
+    config = dataclasses.replace(
+        config,
+        demonstrations=200,
+        prompts=64,
+        prompts_eval=8,
+        sft=dataclasses.replace(config.sft, num_steps=5),  # so that it writes letters
+        grpo=dataclasses.replace(config.grpo, batch_size=8),
+        algorithm="ilql",
+        ilql=dataclasses.replace(config.ilql, num_steps=2, batch_size=8, prompts=50),
+    )
+    arguments = ["--workdir", str(tmp_path / "run"), *ONE_DEVICE]
+    summary = launch.launch(program.run, config, arguments)
+    assert "score_after" in summary["ilql"]
+    log = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["stage"] for line in log].count("ilql") == 2
 
 
 @pytest.mark.slow
