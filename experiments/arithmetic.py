@@ -274,7 +274,7 @@ def action_values(
         policy,
         exam,
         answers=settings.answers,
-        limits=(MAX_PROMPT, MAX_RESPONSE + 1),  # EOS after what was cut off
+        length=MAX_PROMPT + MAX_RESPONSE,
         stage="ilql",
         seed=config.seed,
         most=settings.prompts,
@@ -310,7 +310,7 @@ def programs(config: Config, context: Context) -> list[Program]:
 
     if name == "ilql":
         learned = q_learning.programs(
-            settings, policy, length + 1, mesh, responses=settings.answers, resident=initial
+            settings, policy, length, mesh, responses=settings.answers, resident=initial
         )
         guided = answers(policy, Guide(learned.result, settings.guide_weight), ())
         return [*tuned.programs, *learned.programs, guided]

@@ -265,7 +265,7 @@ def action_values(
         policy,
         pipeline.exam(context, data.task, policy, scorer, SAMPLING, size, seed=config.seed),
         answers=config.answers,
-        limits=(quickstart.MAX_PROMPT, quickstart.MAX_RESPONSE + 1),  # EOS after what was cut off
+        length=quickstart.MAX_PROMPT + quickstart.MAX_RESPONSE,
         stage=name,
         seed=config.seed,
         method=BY_VALUE[name],
@@ -317,9 +317,7 @@ def programs_of(config: Config, context: Context, held: list[Model], name: str) 
         return dpo.programs(settings, policy, length, context.mesh, resident=held).programs
     if name in BY_VALUE:
         method = {"responses": config.answers, "method": BY_VALUE[name]}
-        stage = q_learning.programs(
-            settings, policy, length + 1, context.mesh, resident=held, **method
-        )
+        stage = q_learning.programs(settings, policy, length, context.mesh, resident=held, **method)
         guide = Guide(stage.result, settings.guide_weight)
         return [*stage.programs, answering(config, context, held, guide)]
     number = {"num_prompts": NUM_PROMPTS} if ONLINE[name] is esrl else {}

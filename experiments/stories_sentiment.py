@@ -163,19 +163,9 @@ def rank_samples(config: Config, exam: Exam, policy: Model) -> tuple[Examples, f
     numbers = range(1000, 1000 + config.responses_per_prompt)  # apart from the evaluation's
     draws = [evaluation.answer(exam, policy, number) for number in numbers]
     judged = np.stack([evaluation.assess(exam, draw).gold for draw in draws], axis=1)
-    prompts = exam.prompts.examples
-    rng = np.random.default_rng((config.seed, len(prompts)))
+    rng = np.random.default_rng((config.seed, len(judged)))
     noisy = config.sharpness * judged + rng.gumbel(size=judged.shape)
-    ranks = np.argsort(np.argsort(-noisy, axis=1), axis=1)
-    is_prompt = (draws[0].attend > 0) & (draws[0].mask == 0)
-    samples = [
-        batches.Sampled(
-            draws[0].tokens[b][is_prompt[b]],
-            [draw.tokens[b][draw.mask[b] > 0] for draw in draws],
-            ranks[b].tolist(),
-        )
-        for b in range(len(prompts))
-    ]
+    samples = [sample._replace(scores=None) for sample in evaluation.sampled(draws, noisy)]
     first, second = np.triu_indices(judged.shape[1], 1)
     gaps = np.abs(judged[:, first] - judged[:, second])
     reachable = np.mean(1.0 / (1.0 + np.exp(-config.sharpness * gaps)))

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhf_jax import abstract
 from rlhf_jax.abstract import Program
-from rlhf_jax.data import epoch
+from rlhf_jax.data import batches, epoch
 from rlhf_jax.data.batches import Loader
 from rlhf_jax.data.records import Ends, Prompts
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -176,22 +176,22 @@ def assess(exam: Exam, answers: Answers) -> Evaluation:
     return Evaluation(prompts, responses, gold, scores, kl, nats, answers.lengths)
 
 
-def scored(found: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Several answers to each prompt as rows with their scores: what `batches.scored` reads.
+def sampled(draws: Sequence[Answers], scores: np.ndarray) -> list[batches.Sampled]:
+    """Several answers to each prompt, with their scores [N, K], as the token ids that were drawn.
 
-    Rows are texts, which are tokenised anew, with EOS also after an answer that was cut off. A
-    prompt has lost the special tokens of a chat template, and empty answers are left out.
+    The best one has rank 0, and of equal ones the first.
     """
-
-    def row(i: int, prompt: str) -> dict[str, Any]:
-        said = [one for one in found if one.responses[i].strip()]
-        return {
-            "prompt": prompt,
-            "responses": [one.responses[i] for one in said],
-            "scores": [float(one.scores[i]) for one in said],
-        }
-
-    return [row(i, prompt) for i, prompt in enumerate(found[0].prompts)]
+    is_prompt = (draws[0].attend > 0) & (draws[0].mask == 0)
+    ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
+    return [
+        batches.Sampled(
+            draws[0].tokens[i][is_prompt[i]],
+            [draw.tokens[i][draw.mask[i] > 0] for draw in draws],
+            ranks[i].tolist(),
+            scores[i].tolist(),
+        )
+        for i in range(len(scores))
+    ]
 
 
 def figures(found: Evaluation) -> dict[str, float]:

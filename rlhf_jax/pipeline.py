@@ -182,7 +182,7 @@ def from_answers(
     exam: Exam,
     *,
     answers: int,
-    limits: tuple[int, int],
+    length: int,
     stage: str,
     seed: int,
     most: int | None = None,
@@ -192,12 +192,14 @@ def from_answers(
 
     It gives `answers` of them to each training prompt (`most`: of the first so many), and the
     exam's reward scores them. `run(config, policy, loader, ...)` is an algorithm's that takes
-    `batches.scored`; `limits` are the tokens of the longest prompt and response.
+    `batches.scored`, here of the ids that were drawn; `length` is T, prompt and answer together.
     """
-    asked = exam._replace(prompts=Loader(task.prompts.train, exam.prompts.batch_size), gold=None)
-    drawn = [evaluation.evaluate(asked, policy, number) for number in range(answers)]
-    rows = evaluation.scored(drawn)[:most]
-    examples = batches.scored(rows, task.tokenizer, *limits, on_bad_row="drop")
+    prompts = Loader(task.prompts.train.first(most), exam.prompts.batch_size)
+    asked = exam._replace(prompts=prompts, gold=None)
+    drawn = [evaluation.answer(asked, policy, number) for number in range(answers)]
+    scores = np.stack([evaluation.assess(asked, draw).scores for draw in drawn], axis=1)
+    samples = evaluation.sampled(drawn, scores)
+    examples = batches.sampled_scored(samples, task.tokenizer, length)
     context.log.print(f"{stage}: {batches.describe(examples.counts)}")
     with runtime(context, stage) as where:
         data = Loader(examples, config.batch_size, seed)

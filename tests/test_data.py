@@ -653,6 +653,21 @@ def test_sampled_responses_become_comparisons_as_they_were_drawn():
     fails("sample 1 has 5 tokens, .* length=4", batches.sampled_comparisons, samples, BYTES, 4)
 
 
+def test_sampled_responses_keep_their_scores_ties_and_cuts():
+    samples = [
+        batches.Sampled([1, 2], [[7, EOS], [8, 9, 10]], [1, 0], [0.0, 1.0]),
+        batches.Sampled([3], [[7], [7]], [0, 1], [0.5, 0.5]),
+    ]
+    examples = batches.sampled_scored(samples, BYTES, 6)
+    assert len(examples) == 2 and not examples.counts.dropped
+    batch = examples.gather(np.array([0, 1]))
+    assert batch.tokens[0].tolist() == [[1, 2, 7, EOS, PAD, PAD], [1, 2, 8, 9, 10, PAD]]
+    assert batch.mask[0].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]]
+    assert batch.scores.tolist() == [[0.0, 1.0], [0.5, 0.5]]
+    assert len(examples.first(1)) == 1 and len(examples.first(None)) == 2
+    assert examples.first(1)[0].scores.tolist() == [0.0, 1.0]
+
+
 def test_prompts_are_padded_on_the_left_and_numbered():
     examples = batches.prompts([{"prompt": "ab"}, {"prompt": "c"}], with_bos(5), max_prompt=4)
     batch = Loader(examples, batch_size=2, shuffle=False).batch(0)

@@ -128,6 +128,19 @@ def test_the_figures_of_answers_are_sums_over_their_tokens(exam, answers):
     }
 
 
+def test_answers_become_samples_of_the_ids_that_were_drawn(answers):
+    draws = answers[:2]
+    count = len(draws[0].tokens)
+    scores = np.stack([np.arange(count), np.full(count, 2.0)], axis=1)
+    for i, sample in enumerate(evaluation.sampled(draws, scores)):
+        for draw, response in zip(draws, sample.responses):
+            together = [*sample.prompt, *response]
+            assert together == draw.tokens[i][draw.attend[i] > 0].tolist()
+            assert len(response) == draw.lengths[i]
+        assert sample.scores == [i, 2.0]
+        assert sample.ranks == ([0, 1] if i >= 2 else [1, 0])
+
+
 def test_a_policy_has_no_kl_to_itself(exam):
     found = evaluation.evaluate(exam, exam.reference)
     np.testing.assert_allclose(found.kl, 0, atol=1e-4)

@@ -130,11 +130,12 @@ def scored(
 
 
 class Sampled(NamedTuple):
-    """Responses that a policy drew for one prompt, as token ids, and how they rank."""
+    """Responses that a policy drew for one prompt, as token ids, and how good they are."""
 
     prompt: Sequence[int] | np.ndarray  # without padding
     responses: Sequence[Sequence[int] | np.ndarray]  # each ends with its EOS, unless cut off
     ranks: Sequence[int]  # 0 is best
+    scores: Sequence[float] | None = None  # higher is better
 
 
 def sampled_comparisons(samples: Sequence[Sampled], tokenizer: Tokenizer, length: int) -> Examples:
@@ -144,25 +145,47 @@ def sampled_comparisons(samples: Sequence[Sampled], tokenizer: Tokenizer, length
     before its EOS stays cut off. Raises ValueError for a sample without a prompt or longer than
     `length`, or if no usable sample is left.
     """
+
+    def unusable(sample: Sampled) -> str | None:
+        if len({tuple(map(int, response)) for response in sample.responses}) == 1:
+            return SAME_RESPONSES
+        return NO_PAIR if len(set(sample.ranks)) == 1 else None
+
+    return _sampled(samples, tokenizer, length, unusable)
+
+
+def sampled_scored(samples: Sequence[Sampled], tokenizer: Tokenizer, length: int) -> Examples:
+    """What `scored` gives, of responses that are token ids already, as `sampled_comparisons`."""
+    return _sampled(samples, tokenizer, length, lambda sample: None)
+
+
+def _sampled(
+    samples: Sequence[Sampled],
+    tokenizer: Tokenizer,
+    length: int,
+    unusable: Callable[[Sampled], str | None],
+) -> Examples:
     rows, sources, dropped = [], [], {}
-    for number, (prompt, responses, ranks) in enumerate(samples, 1):
+    for number, sample in enumerate(samples, 1):
+        prompt, responses = sample.prompt, sample.responses
         longest = len(prompt) + max(len(response) for response in responses)
         if longest > length:
             raise ValueError(f"sample {number} has {longest} tokens, more than length={length}")
         if not len(prompt):
             raise ValueError(f"sample {number} has a prompt of no tokens; {_NO_TOKENS}")
-        if len({tuple(map(int, response)) for response in responses}) == 1:
-            dropped[SAME_RESPONSES] = dropped.get(SAME_RESPONSES, 0) + 1
-        elif len(set(ranks)) == 1:
-            dropped[NO_PAIR] = dropped.get(NO_PAIR, 0) + 1
-        else:
-            documents = [
-                _document_of_ids(np.concatenate([prompt, response]), len(prompt))
-                for response in responses
-            ]
-            rows.append(records.ComparisonRow(tuple(documents), tuple(ranks)))
-            texts = map(tokenizer.decode, responses)
-            sources.append(Example(tokenizer.decode(prompt), tuple(texts), tuple(ranks)))
+        reason = unusable(sample)
+        if reason:
+            dropped[reason] = dropped.get(reason, 0) + 1
+            continue
+        documents = [
+            _document_of_ids(np.concatenate([prompt, response]), len(prompt))
+            for response in responses
+        ]
+        scores = None if sample.scores is None else tuple(sample.scores)
+        ranks = tuple(sample.ranks)
+        rows.append(records.ComparisonRow(tuple(documents), ranks, scores=scores))
+        texts = map(tokenizer.decode, responses)
+        sources.append(Example(tokenizer.decode(prompt), tuple(texts), ranks))
     counts = Counts(len(samples), dropped, dict.fromkeys(dropped, "a sample"))
     if not rows:
         raise ValueError(f"no usable row is left ({describe(counts)}); draw more samples")

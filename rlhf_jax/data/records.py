@@ -196,6 +196,11 @@ class Examples:
             digest.update(repr(arrays).encode())
         return digest.hexdigest()
 
+    def first(self, count: int | None) -> Examples:
+        """The first so many rows, or all of them."""
+        parts = {name: vars(self)[name][:count] for name in ("rows", "sources", "where")}
+        return dataclasses.replace(self, **parts)
+
     def gather(self, index: Int[np.ndarray, " B"]) -> Batch:
         """The batch of rows `index` [B], modulo the number of rows; -1 is a padding row."""
         rows = [None if i < 0 else self.rows[i % len(self.rows)] for i in index.tolist()]
