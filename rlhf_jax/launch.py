@@ -27,6 +27,7 @@ from rlhf_jax import allocator, distributed, plan, processes, sharding, storage,
 from rlhf_jax.abstract import Program
 from rlhf_jax.config import Config
 from rlhf_jax.models.transformer import AS_CONFIGURED, Compute, Precision, Remat
+from rlhf_jax.stopping import Stop, Terminated
 from rlhf_jax.training import report
 from rlhf_jax.training.metrics import Log, flat, plain
 from rlhf_jax.training.state import TrainingStopped
@@ -39,6 +40,7 @@ class Exit(enum.IntEnum):
     TRAINING_STOPPED = 3  # a non-finite loss or gradient, a failed check, a reward that hangs
     DOES_NOT_FIT = 4  # what `--plan` compiled needs more memory than a chip has
     INTERRUPTED = 130  # by ctrl-C: 128 + SIGINT, as in shells
+    TERMINATED = 143  # 128 + SIGTERM; the step that ran has been saved
 
 
 class Context(NamedTuple):
@@ -49,6 +51,7 @@ class Context(NamedTuple):
     mesh: jax.sharding.Mesh
     data: Path | None  # the folder of real data; None where nobody named one
     compute: Compute = AS_CONFIGURED  # how models are computed, where the command line says so
+    stop: Stop = Stop()  # what may end a stage early; connected to no signal unless by `launch`
 
 
 def launch(
@@ -86,8 +89,10 @@ def launch(
         kept = "the workdir is kept, the last checkpoint in it is intact"
         message = f"error: training stopped: {_one_line(error)}; {kept}"
         _fail(Exit.TRAINING_STOPPED, message, flags.debug)
-    except KeyboardInterrupt as error:
-        _fail(Exit.INTERRUPTED, f"interrupted{error}", flags.debug)
+    except (KeyboardInterrupt, Terminated) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        code = Exit.INTERRUPTED if interrupted else Exit.TERMINATED
+        _fail(code, f"{code.name.lower()}{error}", flags.debug)
 
 
 def _launch(run: Callable, flags) -> dict:
@@ -96,7 +101,13 @@ def _launch(run: Callable, flags) -> dict:
             flags.coordinator, flags.num_processes, flags.process_id, flags.coordinator_timeout
         )
     )
-    context, described = processes.everywhere(lambda: _prepare(run, flags))
+    stop = Stop()
+    with stop.handled():
+        return _run(run, flags, stop)
+
+
+def _run(run: Callable, flags, stop: Stop) -> dict:
+    context, described = processes.everywhere(lambda: _prepare(run, flags, stop))
     folder, log, mesh = context.workdir, context.log, context.mesh
     # What makes other programs, and would leave the processes waiting for each other.
     compiled = {"mesh": dict(mesh.shape), "compute": context.compute._asdict()}
@@ -106,19 +117,19 @@ def _launch(run: Callable, flags) -> dict:
         log.print(f"{folder} is finished; nothing to train")
     else:
         workdir.check_shared(folder)
-        with workdir.restored_on_failure(folder, log) as found:
+        with workdir.taken(folder, log) as found:
             processes.first(lambda: workdir.begin(folder, described, mesh))
             log.print(f"{described['experiment']}: {folder}")
             try:
                 summary = plain(run(flags.config, context))
-            except KeyboardInterrupt as error:
-                raise KeyboardInterrupt(_how_to_continue(found.empty, folder, log)) from error
-        processes.first(lambda: workdir.finish(folder, summary))
+            except (KeyboardInterrupt, Terminated) as error:
+                raise type(error)(workdir.how_to_continue(found.empty, folder, log)) from error
+            processes.first(lambda: workdir.finish(folder, summary))
     processes.first(lambda: _show(log, summary))
     return summary
 
 
-def _prepare(run: Callable, flags) -> tuple[Context, dict]:
+def _prepare(run: Callable, flags, stop: Stop) -> tuple[Context, dict]:
     """What `run` is given besides its configuration, and the description of the run."""
     mesh = sharding.make_mesh(**_mesh_sizes(flags.mesh))
     data = _data_folder(flags.data)
@@ -133,7 +144,7 @@ def _prepare(run: Callable, flags) -> tuple[Context, dict]:
         folder = storage.path(flags.workdir)
     log = Log(folder, profile_steps=flags.profile)
     described = workdir.describe(experiment, flags.config, data, folder, flags.dtype)
-    return Context(folder, log, mesh, data, _compute(flags)), described
+    return Context(folder, log, mesh, data, _compute(flags), stop), described
 
 
 def _compute(flags) -> Compute:
@@ -153,12 +164,6 @@ def _plan(run: Callable, programs: Callable | None, flags) -> dict:
     if too_large is not None:
         _fail(Exit.DOES_NOT_FIT, too_large, debug=False)
     return {}
-
-
-def _how_to_continue(was_empty: bool, folder: storage.Path, log: Log) -> str:
-    if was_empty and not log.trained:
-        return " before the first step; nothing is kept"
-    return f"; the same command with --workdir {folder} continues from the last checkpoint"
 
 
 # ------------------------------------------------------------------------------ the command line

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import jax
 
-from rlhf_jax import config, on_policy, sharding
+from rlhf_jax import on_policy, sharding
 from rlhf_jax.config import Count, Positive, Share, Whole
 from rlhf_jax.sampling.settings import Sampling
+from rlhf_jax.training import checkpoint
 from rlhf_jax.training import state as training
 
 
-class Config(config.Config):
+class Config(checkpoint.Config):
     """Settings of every online run."""
 
     num_iterations: Count = 100
@@ -35,6 +36,7 @@ class Config(config.Config):
 
     def check(self) -> None:
         """Raises ValueError for sizes that do not divide each other and for greedy sampling."""
+        self.check_best(self.eval_every)
         responses, parts = self.num_responses, self.num_minibatches
         if responses % parts:
             raise ValueError(

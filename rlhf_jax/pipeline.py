@@ -29,7 +29,7 @@ from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import rollout as rollouts
 from rlhf_jax.sampling.decode import Sampling
 from rlhf_jax.sampling.rollout import Rollout
-from rlhf_jax.training import loop
+from rlhf_jax.training import checkpoint, loop
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.loop import Runtime
 
@@ -88,10 +88,17 @@ def seeded(seed: int, stage: str, config: Config) -> Config:
 
 
 @contextlib.contextmanager
-def runtime(context: Context, stage: str) -> Iterator[Runtime]:
+def runtime(context: Context, stage: str, config: checkpoint.Config) -> Iterator[Runtime]:
     """The runtime of one stage, with its checkpoints under the workdir."""
-    with Checkpoints(context.workdir / "checkpoints" / stage) as checkpoints:
-        yield Runtime(context.mesh, context.log, checkpoints, stage)
+    stored = Checkpoints(
+        context.workdir / "checkpoints" / stage,
+        config.keep,
+        best=config.keep_best,
+        lowest=config.best_is == "lowest",
+        say=context.log.print,
+    )
+    with stored as checkpoints:
+        yield Runtime(context.mesh, context.log, checkpoints, stage, context.stop)
 
 
 def supervised(
@@ -120,7 +127,7 @@ def supervised(
     train, held_out = (Loader(part, config.batch_size, fold_seed(seed, stage)) for part in data)
     if config.eval_every:
         options["held_out"] = held_out
-    with runtime(context, stage) as where:
+    with runtime(context, stage, config) as where:
         trained, _ = run(config, model, train, runtime=where, **options)
     return trained, evaluation.held_out(evaluate(config, trained, held_out, mesh=context.mesh))
 
@@ -161,7 +168,7 @@ def online(
             return evaluation.figures(found)
 
         options["evaluate"] = evaluate
-    with runtime(context, stage) as where:
+    with runtime(context, stage, config) as where:
         return run(
             seeded(seed, stage, config),
             policy=policy,
@@ -201,7 +208,7 @@ def from_answers(
     samples = evaluation.sampled(drawn, scores)
     examples = batches.sampled_scored(samples, task.tokenizer, length)
     context.log.print(f"{stage}: {batches.describe(examples.counts)}")
-    with runtime(context, stage) as where:
+    with runtime(context, stage, config) as where:
         data = Loader(examples, config.batch_size, seed)
         return run(seeded(seed, stage, config), policy, data, runtime=where, **options)
 

@@ -5,6 +5,7 @@ and a fingerprint of every file that the configuration names. `summary.json` is 
 says that the run is finished. A workdir may be used again to continue an interrupted run, or a
 finished one with more iterations. Any other change is refused, because the folder would then hold
 the results of two different runs. A run that fails before its first step leaves no trace.
+While a run uses the folder no other process can (`lock`).
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import json
 import os
 import pathlib
 import platform
+import re
 import time
 import typing
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+import orbax.checkpoint as ocp
 
-from rlhf_jax import processes, storage
+from rlhf_jax import lock, processes, storage
 from rlhf_jax.config import Config, Source
 from rlhf_jax.data import formats
 from rlhf_jax.storage import Path
@@ -34,7 +37,11 @@ from rlhf_jax.training.state import TrainingStopped
 # The settings that may grow when a workdir is used again: the length of the last stage. If an
 # earlier stage could grow, the later stages would have been trained on a model that is gone.
 LENGTHS = ("num_iterations",)
+# The settings that change no number: a run may go on with others.
+FREE = ("save_every", "save_seconds", "keep", "keep_best", "best_is")
 SHARED_SECONDS = 5.0  # within which a file of another host must come into sight
+# What a process that was killed may leave behind: its lock, and files not written to their end.
+_LEFT_BEHIND = re.compile(r"\.lock|\..+\.\d+|shared-\d+-\d+")
 _PIECE, _READ_WHOLE = 2**16, 2**28  # bytes
 
 
@@ -79,7 +86,7 @@ def compare(folder: Path, run: dict) -> dict | None:
     if not folder.is_dir():
         raise ValueError(f"--workdir {folder} is a file; name a folder")
     if not (folder / "config.json").exists():
-        if any(folder.iterdir()):
+        if not _is_empty(folder):
             raise ValueError(
                 f"--workdir {folder} is not empty and has no config.json, so it is not a run; "
                 "name another folder"
@@ -94,6 +101,7 @@ def compare(folder: Path, run: dict) -> dict | None:
     # A setting that the library did not have yet when the folder was written was off.
     new = {name: x for name, x in new.items() if name in old or x not in (None, [], "")}
     changed = [name for name in (old | new) if old.get(name, ()) != new.get(name, ())]
+    changed = [name for name in changed if name.rpartition(".")[2] not in FREE]
     refused = [name for name in changed if not _has_grown(name, old, new)]
     if refused:
         listed = ", ".join(f"{_shown(old, name)} -> {_shown(new, name)}" for name in refused)
@@ -151,6 +159,9 @@ def _appears(file: Path) -> bool:
 def begin(folder: Path, run: dict, mesh: jax.sharding.Mesh) -> None:
     """Marks the folder as holding `run`, unfinished, and notes the machine and the versions."""
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.*"):
+        if _LEFT_BEHIND.fullmatch(left.name):
+            left.unlink(missing_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)
     described = run | _environment(mesh)
     storage.write(folder / "config.json", json.dumps(described, indent=2) + "\n")
@@ -159,6 +170,35 @@ def begin(folder: Path, run: dict, mesh: jax.sharding.Mesh) -> None:
 def finish(folder: Path, summary: dict) -> None:
     """Marks the run in the folder as finished."""
     storage.write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def taken(folder: Path, log: Log) -> Iterator[_Found]:
+    """The folder for this run alone, and put back on failure: see `restored_on_failure`.
+
+    Raises ValueError, on every process, where another run is using it.
+    """
+    with restored_on_failure(folder, log) as found, contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(lock.held(folder))
+
+        processes.first(enter)
+        yield found
+
+
+def how_to_continue(was_empty: bool, folder: Path, log: Log) -> str:
+    """What the same command will do next, as the end of a sentence about a run that was stopped."""
+    if was_empty and not log.trained:
+        return " before the first step; nothing is kept"
+    again = f"; the same command with --workdir {folder}"
+    if log.running is None:
+        return f"{again} goes on"
+    stage, total = log.running
+    steps = ocp.utils.checkpoint_steps(storage.absolute(folder) / "checkpoints" / stage)
+    if not steps:
+        return f"{again} begins {stage} anew, of which no checkpoint was saved"
+    return f"{again} continues {stage} from step {max(steps)} of {total}"
 
 
 @contextlib.contextmanager
@@ -269,8 +309,13 @@ class _Found(NamedTuple):
     texts: dict[str, str]  # the files that a run replaces when it begins
 
 
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is in a folder but what a process that was killed may have left behind."""
+    return all(_LEFT_BEHIND.fullmatch(path.name) for path in folder.iterdir())
+
+
 def _inspect(folder: Path) -> _Found:
-    empty = not folder.exists() or not any(folder.iterdir())
+    empty = not folder.exists() or _is_empty(folder)
     # A bucket has no folders of its own: they come and go with what is in them.
     parents = () if storage.in_bucket(folder) else (folder, *folder.parents)
     missing = [path for path in parents if not path.exists()]

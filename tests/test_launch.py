@@ -259,13 +259,13 @@ def test_training_that_stops_exits_with_3_and_keeps_the_workdir(capsys):
 
 def test_an_interrupt_says_how_to_continue(capsys, tmp_path):
     error = refused(capsys, "--workdir", "w", run=Run(KeyboardInterrupt()), code=130)
-    assert "the same command with --workdir w continues from the last checkpoint" in error
+    assert "; the same command with --workdir w begins ppo anew, of which no checkpoint" in error
     early = Run(KeyboardInterrupt(), train_first=False)
     error = refused(capsys, "--workdir", "v", run=early, code=130)
     assert error == "interrupted before the first step; nothing is kept\n"
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
     error = refused(capsys, "--workdir", "w", run=early, code=130)
-    assert "continues from the last checkpoint" in error
+    assert error == "interrupted; the same command with --workdir w goes on\n"
 
 
 @pytest.mark.parametrize(

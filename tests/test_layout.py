@@ -45,10 +45,13 @@ LAYERS = {
     "chips.py": 0,
     "processes.py": 0,
     "storage.py": 0,
+    "lock.py": 0,
+    "stopping.py": 0,
     "config.py": 0,
 }
 DISK = (
     "storage.py",
+    "lock.py",
     "distributed.py",
     "data/",
     "training/checkpoint.py",

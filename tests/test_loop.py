@@ -41,10 +41,10 @@ class Recorded(Checkpoints):
         super().__init__(folder, keep=10)
         self.events, self.sizes = events, []
 
-    def save(self, step, tree):
+    def save(self, step, tree, metrics):
         self.events.append(f"save {step}")
         self.sizes.append(sum(leaf.size for leaf in jax.tree.leaves(tree)))
-        super().save(step, tree)
+        super().save(step, tree, metrics)
 
 
 def counted(events, plan, checkpoints=None, check=lambda step, metrics: None):

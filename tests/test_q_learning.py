@@ -362,7 +362,7 @@ def test_the_target_is_the_average_of_the_networks_of_all_steps(tmp_path):
     state, found = q_learning.init_state(config, {"network": start}), []
     for step in (2, 1):
         with Checkpoints(tmp_path, keep=10) as checkpoints:
-            found.insert(0, jax.device_get(checkpoints.restore(state)))
+            found.insert(0, jax.device_get(checkpoints.restore(state)[1]))
         shutil.rmtree(tmp_path / str(step))
     average = start.weights
     for one in found:

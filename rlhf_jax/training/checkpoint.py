@@ -3,88 +3,316 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jaxtyping import Array, UInt32
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from rlhf_jax import sharding, storage
+from rlhf_jax import config, processes, sharding, storage
+from rlhf_jax.config import Count, Positive
 from rlhf_jax.models import stacking
+
+# A checkpoint that the clock asks for may take this share of the time, and no more.
+SHARE = 0.05
+
+
+class Config(config.Config):
+    """When a stage is saved besides every so many steps, and what is kept."""
+
+    # Seconds after which a stage is saved; less often where saving takes more than a twentieth of
+    # the time.
+    save_seconds: Positive = 60.0
+    keep: Count = 2  # checkpoints, the newest ones
+    keep_best: str = ""  # a metric, whose best checkpoint is kept too; "" is none
+    best_is: Literal["highest", "lowest"] = "highest"  # value of that metric
+
+    def check_best(self, eval_every: int) -> None:
+        """Raises ValueError where the best checkpoint is told by an evaluation that never runs."""
+        if self.keep_best.startswith("eval/") and not eval_every:
+            raise ValueError(
+                f"keep_best={self.keep_best!r} is measured by evaluations, which eval_every=0 "
+                "never runs; set it above 0"
+            )
+
+
+class Damaged(ValueError):
+    """A checkpoint that cannot be read, or that holds other numbers than were saved."""
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of a stage, in one folder per step.
+    """The newest checkpoints of a stage and the best one, in one folder per step.
 
     A tree is stored as a flat dictionary from the path of each array to the array, so that the
     files do not depend on the Python types of this library, nor on whether layers were stacked
     (`stacking`): every layer has paths of its own. `save` returns once the arrays are
     copied off the device and writes them in the background. Only complete checkpoints are found.
     With several processes each writes and reads the arrays of its own devices, into one folder.
+
+    With every array its `checksum` is stored. A checkpoint whose arrays have others, or that cannot
+    be read, is damaged: it is named, and the next older one is restored in its place.
+
+    `say` prints a line for people.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep: int = 2):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        keep: int = 2,
+        *,
+        best: str = "",
+        lowest: bool = False,
+        say: Callable[[str], None] = print,
+    ):
         self.folder = storage.absolute(folder)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._best, self._say = best, say
+        self._damaged: list[int] = []
+        policies = [preservation_policy.LatestN(keep)]
+        if best:
+            by_metric = preservation_policy.BestN(
+                get_metric_fn=lambda metrics: metrics[best],
+                reverse=lowest,
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            policies.append(by_metric)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True
+        )
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
         )
 
+    def steps(self) -> list[int]:
+        """The steps that are stored, the newest one first, without those found damaged."""
+        self.wait()
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        return [step for step in steps if step not in self._damaged]
+
     def latest(self) -> int | None:
         """The newest step that is stored, or None; waits for one that is being written."""
-        self._manager.wait_until_finished()
-        return self._manager.latest_step()
+        return next(iter(self.steps()), None)
 
     def names(self) -> list[str]:
         """The paths of the arrays of the newest checkpoint, which must exist."""
         return sorted(self._stored(self.latest()))
 
-    def save(self, step: int, tree: Any) -> None:
-        """Stores a tree of arrays as `step`; does nothing if that step is stored already."""
+    def checksums(self, step: int) -> dict[str, int]:
+        """The checksum of every array of a step. Raises Damaged where they are not stored."""
+        metadata = self._manager.metadata(step).custom_metadata or {}
+        if "checksums" not in metadata:
+            raise Damaged("its checksums are missing")
+        return metadata["checksums"]
+
+    def save(self, step: int, tree: Any, metrics: dict[str, Any] | None = None) -> None:
+        """Stores a tree of arrays as `step`; does nothing if that step is stored already.
+
+        `metrics` are those of the step, among them the one that tells the best checkpoint. Without
+        it, as after a step that was not evaluated, this one is not the best. Raises OSError where
+        it, or the one before, cannot be written, ValueError for a metric that does not exist.
+        """
+        while self._damaged:  # the run has come further from an intact one
+            self._manager.delete(self._damaged.pop())
         if step in self._manager.all_steps():
             return
         flat = stacking.split_names(_flat(tree))
-        self._manager.save(step, args=ocp.args.StandardSave(flat))
+        best = self._metric(metrics or {})
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.StandardSave(flat),
+                metrics=best or None,
+                custom_metadata={"checksums": checksums(flat)},
+                force=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._not_written(error) from error
 
-    def restore(self, like: Any) -> Any | None:
-        """The newest checkpoint with the types and shardings of `like`; None if there is none.
+    def wait(self) -> None:
+        """Waits for a checkpoint that is being written. Raises OSError where it cannot be."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._not_written(error) from error
 
-        Raises ValueError naming the first array that only one of the two has, or whose shapes
-        differ.
+    def restore(self, like: Any) -> tuple[int, Any] | None:
+        """The newest intact checkpoint as (step, tree), None if there is none at all.
+
+        The tree has the types and shardings of `like`. Raises ValueError naming the first array
+        that only one of the two has, or whose shapes or types differ, and where there are
+        checkpoints but none is intact.
         """
-        step = self.latest()
-        if step is None:
-            return None
         # Not by jax.tree.map, which would sort the names.
         wanted = {name: ocp.utils.to_shape_dtype_struct(x) for name, x in _flat(like).items()}
+        reasons = []
+        for step in self.steps():
+            found = []
+            reason = self._attempt(step, wanted, found)
+            reasons += [f"{self.folder / str(step)} is damaged: {reason}"] if reason else []
+            if reason is None:
+                for text in reasons:
+                    self._say(f"{text}; step {step} is used instead")
+                leaves = [found[0][name] for name in wanted]
+                return step, jax.tree.unflatten(jax.tree.structure(like), leaves)
+            self._damaged.append(step)
+        if reasons:
+            raise ValueError(
+                f"{'; '.join(reasons)}; no other checkpoint is left: remove {self.folder} to start "
+                "this stage again"
+            )
+        return None
+
+    def _attempt(self, step: int, wanted: dict, found: list) -> str | None:
+        """Puts the arrays of a step into `found`, or says why it is damaged, on any process."""
+        refusal = reason = ""
+        try:
+            found.append(self._read(step, wanted))
+        except Damaged as error:
+            reason = str(error)
+        except ValueError as error:
+            refusal = str(error)
+        for process, text in enumerate(processes.texts(reason)):
+            reason = reason or text and f"{text} (process {process})"
+        if refusal:
+            raise ValueError(refusal)
+        return reason or None
+
+    def _read(self, step: int, wanted: dict) -> dict[str, Any]:
         stored = stacking.split_names(wanted)
-        self._check(step, stored)
-        separate = self._manager.restore(step, args=ocp.args.StandardRestore(stored))
-        flat = stacking.join_names(separate, wanted)
-        return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in wanted])
+        try:
+            sums, kept = self.checksums(step), self._stored(step)
+        except Damaged:
+            raise
+        except Exception as error:  # whatever Orbax, TensorStore or a JSON parser makes of damage
+            raise Damaged(_line(error)) from error
+        self._check(step, kept, stored)
+        try:
+            separate = self._manager.restore(step, args=ocp.args.StandardRestore(stored))
+        except Exception as error:
+            raise Damaged(_line(error)) from error
+        wrong = [name for name, sum in checksums(separate).items() if sums.get(name) != sum]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise Damaged(f"{wrong[0]}{more} is not what was saved")
+        return stacking.join_names(separate, wanted)
 
-    def _stored(self, step) -> dict[str, Any]:
-        return dict(self._manager.item_metadata(step))
+    def _stored(self, step: int) -> dict[str, Any]:
+        metadata = self._manager.item_metadata(step)
+        if metadata is None:
+            raise Damaged("the list of its arrays is missing")
+        return dict(metadata)
 
-    def _check(self, step, wanted):
-        stored = {name: tuple(array.shape) for name, array in self._stored(step).items()}
-        wanted = {name: tuple(array.shape) for name, array in wanted.items()}
+    def _check(self, step: int, stored: dict, wanted: dict) -> None:
+        stored, wanted = (
+            {name: (str(jnp.dtype(x.dtype)), tuple(x.shape)) for name, x in arrays.items()}
+            for arrays in (stored, wanted)
+        )
         for name in sorted(stored.keys() | wanted.keys()):
             if stored.get(name) != wanted.get(name):
                 raise ValueError(
-                    f"{self.folder / str(step)}: {name} is {stored.get(name, 'missing')} in the "
-                    f"checkpoint but {wanted.get(name, 'missing')} in this run; use a new workdir"
+                    f"{self.folder / str(step)}: {name} is {_shown(stored.get(name))} in the "
+                    f"checkpoint but {_shown(wanted.get(name))} in this run; use a new workdir"
                 )
+
+    def _metric(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        if self._best and self._best not in metrics and not self._best.startswith("eval/"):
+            raise ValueError(
+                f"keep_best={self._best!r} is no metric of this stage; it has {', '.join(metrics)}"
+            )
+        return {name: metrics[name] for name in metrics if name == self._best}
+
+    def _not_written(self, error: Exception) -> OSError:
+        steps = [step for step in self._manager.all_steps() if step not in self._damaged]
+        kept = f"the newest complete one is step {max(steps)}" if steps else "there is none before"
+        return OSError(f"{self.folder}: a checkpoint cannot be written ({_line(error)}); {kept}")
 
     def close(self) -> None:
         """Waits for a checkpoint that is being written. Leaving a `with` statement does it too."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_):
         self.close()
+
+
+class Clock:
+    """When the time says that a stage should be saved; the same on all processes.
+
+    Process 0 decides. Asking the others holds up the device, so with several processes it is not
+    done after every step, but after ever fewer of them until the time has come.
+    """
+
+    def __init__(self, seconds: float, start: int):
+        self._seconds, self._cost = seconds, 0.0
+        self._since, self._when, self._next = start, time.monotonic(), start + 1
+
+    def due(self, done: int) -> bool:
+        """Whether to save after `done` steps."""
+        if done < self._next:
+            return False
+        due, self._next = processes.first(lambda: self._decide(done))
+        return due
+
+    def _decide(self, done: int) -> tuple[bool, int]:
+        elapsed = time.monotonic() - self._when
+        left = max(self._seconds, self._cost / SHARE) - elapsed
+        if left <= 0 or jax.process_count() == 1:
+            return left <= 0, done + 1
+        steps = left / (elapsed / (done - self._since))
+        return False, done + max(1, int(steps / 2))
+
+    def saved(self, done: int, seconds: float) -> None:
+        """Notes that a checkpoint was made, and how long it took."""
+        self._since, self._when, self._cost = done, time.monotonic(), seconds
+        self._next = done + 1
+
+
+def checksums(arrays: dict[str, Array]) -> dict[str, int]:
+    """The `checksum` of each array, by its name."""
+    found = jax.device_get({name: checksum(array) for name, array in arrays.items()})
+    return {name: int(value) for name, value in found.items()}
+
+
+@jax.jit
+def checksum(array: Array) -> UInt32[Array, ""]:
+    """A number that is almost surely another one if any bit, or the order of elements, differs.
+
+    The sum, modulo 2^32, of a hash of each element's bits and its place. A sum does not depend on
+    how an array is split over devices, so nothing is gathered but one number. (The hash is the
+    finaliser of MurmurHash3.)
+    """
+    bits = array
+    if array.dtype != jnp.bool_:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+        bits = jax.lax.bitcast_convert_type(array, unsigned[array.dtype.itemsize])
+    bits = bits.astype(jnp.uint32)
+    place = jnp.zeros(array.shape, jnp.uint32)
+    for axis, size in enumerate(array.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    return jnp.sum(_mixed(bits ^ _mixed(place + jnp.uint32(0x9E3779B9))), dtype=jnp.uint32)
+
+
+def _mixed(x: Array) -> Array:
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _shown(kind: tuple[str, tuple] | None) -> str:
+    return "missing" if kind is None else f"{kind[0]} {kind[1]}"
+
+
+def _line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _flat(tree: Any) -> dict[str, Any]:

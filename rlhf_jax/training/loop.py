@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import config, sharding
+from rlhf_jax import sharding
 from rlhf_jax.config import Count, Whole
 from rlhf_jax.models import flops, partition, stacking
+from rlhf_jax.stopping import Stop
+from rlhf_jax.training import checkpoint
 from rlhf_jax.training import state as training
-from rlhf_jax.training.checkpoint import Checkpoints
+from rlhf_jax.training.checkpoint import Checkpoints, Clock
 from rlhf_jax.training.metrics import Display, Log
 from rlhf_jax.training.state import TrainState
 
 
-class Config(config.Config):
+class Config(checkpoint.Config):
     """Settings of every supervised run."""
 
     num_steps: Count = 500
@@ -34,7 +38,8 @@ class Config(config.Config):
     eval_every: Whole = 0  # steps between evaluations; 0 is never
 
     def check(self) -> None:
-        """Raises ValueError for a batch that does not divide into its micro-batches."""
+        """Raises ValueError for a batch that does not divide, or a metric that is never there."""
+        self.check_best(self.eval_every)
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of micro_batches="
@@ -56,13 +61,14 @@ class Config(config.Config):
 class Runtime:
     """Where a run takes place: its devices, its log, and its checkpoints (None saves nothing).
 
-    stage: what it is called in the log; None: by its algorithm.
+    stage: what it is called in the log; None: by its algorithm. stop: what may ask it to end early.
     """
 
     mesh: jax.sharding.Mesh = dataclasses.field(default_factory=sharding.make_mesh)
     log: Log = dataclasses.field(default_factory=Log)
     checkpoints: Checkpoints | None = None
     stage: str | None = None
+    stop: Stop = dataclasses.field(default_factory=Stop)
 
 
 class Outcome(NamedTuple):
@@ -88,6 +94,12 @@ class Plan(NamedTuple):
     num_steps: int  # in all, those of an earlier process included
     save_every: int  # steps between checkpoints
     eval_every: int = 0  # steps between evaluations; 0 is never
+    save_seconds: float = math.inf  # see `checkpoint.Config`
+
+
+def plan_of(config: Any, name: str, display: Display, num_steps: int) -> Plan:
+    """The plan of a stage of `num_steps` steps, saved and evaluated as its configuration says."""
+    return Plan(name, display, num_steps, config.save_every, config.eval_every, config.save_seconds)
 
 
 def train(
@@ -103,18 +115,18 @@ def train(
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Runs the steps of a stage that are still to be done: (state, metrics of each step run here).
 
-    Continues from the newest checkpoint. Step i reads the first batch of
+    Continues from the newest intact checkpoint. Step i reads the first batch of
     `batches.from_position(i)` of a `Loader`, so the number of steps done is the whole position in
     the data.
     `check(i, metrics)` may raise; a checkpoint is written only once its step has passed it.
     `observe(record)` sees what a step recorded, on the host, and returns metrics of its own.
     `evaluate(steps done, state)` runs after every `eval_every` steps; its figures are reported as
     "eval/...".
+    A step that `runtime.stop` interrupts is finished and saved before KeyboardInterrupt or
+    `stopping.Terminated` is raised.
     """
-    checkpoints = runtime.checkpoints
-    start = (checkpoints.latest() if checkpoints else None) or 0
-    if start:
-        state = checkpoints.restore(state)
+    checkpoints, stop = runtime.checkpoints, runtime.stop
+    start, state = (checkpoints.restore(state) if checkpoints else None) or (0, state)
     total = plan.num_steps
     log = runtime.log.stage(
         runtime.stage or plan.name,
@@ -124,7 +136,8 @@ def train(
         display=plan.display,
         devices=list(runtime.mesh.devices.flat),
     )
-    with log as stage:
+    clock = Clock(plan.save_seconds, start)
+    with log as stage, stop.after_steps():
         for i, batch in zip(range(start, total), batches.from_position(start)):
             state, outcome = step(state, batch)
             done = i + 1
@@ -135,9 +148,15 @@ def train(
             record = None if observe is None else sharding.gather(outcome.record)
             more = functools.partial(_on_host, observe, record, figures)
             stage.write(i, outcome.metrics, tokens=outcome.tokens, more=more)
-            if checkpoints and (done % plan.save_every == 0 or done == total):
+            stops = stop.asked()
+            regular = done % plan.save_every == 0 or done == total
+            if checkpoints and (regular or stops or clock.due(done)):
                 stage.flush()  # raises if this step was bad: nothing bad is ever saved
-                checkpoints.save(done, state)
+                began = time.monotonic()
+                checkpoints.save(done, state, stage.history[-1])
+                clock.saved(done, time.monotonic() - began)
+            if stops:
+                stop.obey()
     return state, stage.history
 
 
@@ -209,7 +228,7 @@ def fit(
             step,
             state,
             batches,
-            Plan(name, display, config.num_steps, config.save_every, config.eval_every),
+            plan_of(config, name, display, config.num_steps),
             runtime,
             evaluate=lambda done, state: evaluate(done, models_of(given, state)),
         )

@@ -53,8 +53,8 @@ class Log:
     With `folder=None` nothing is written and the metrics are kept in memory (`Stage.history`);
     with `quiet=True` nothing is printed. With `profile_steps=N` each stage writes a `jax.profiler`
     trace of the N steps after its first one, which compiles, to `folder/profile/<stage>`.
-    `trained` says whether any step of any stage was written. A folder in a bucket gets no
-    TensorBoard events.
+    `trained` says whether any step of any stage was written, and `running` is the name and length
+    of the newest stage. A folder in a bucket gets no TensorBoard events.
     """
 
     def __init__(self, folder: Path | None = None, quiet: bool = False, profile_steps: int = 0):
@@ -66,6 +66,7 @@ class Log:
         self.folder = None if folder is None else storage.path(folder)
         self.profile_steps = profile_steps
         self.trained = False
+        self.running: tuple[str, int] | None = None
         self.writes = jax.process_index() == 0 and folder is not None
         self.console = _console(quiet or jax.process_index() != 0)
 
@@ -143,6 +144,7 @@ class Stage:
 
     def __enter__(self) -> Stage:
         log = self._log
+        log.running = (self.name, self._total)
         self._file = self._board = None
         self._seconds_before = 0.0
         if log.writes:
