@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rlhf_jax import abstract, evaluation, pipeline, processes
+from rlhf_jax import abstract, evaluation, folders, pipeline, processes
 from rlhf_jax import config as configuration
 from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import ppo, reward_model, sft
@@ -197,6 +197,8 @@ def run(config: Config, context: Context) -> dict:
             critic=scorer,
         ).policy
 
+    for name, model in {"policy": trained, "reward_model": scorer}.items():
+        folders.export(context.workdir / "export" / name, model, data.task.tokenizer)
     with clock("evaluation"):
         exam = pipeline.exam(
             context,

@@ -1,8 +1,8 @@
 """Configurations: frozen dataclasses of plain values that are also jax pytrees.
 
-Real numbers (learning rates, coefficients, temperatures) are leaves, so a new value never
-recompiles a step and a sweep over them can be one vmapped program. Everything else (counts, names,
-switches) is static: it may shape the program.
+Real numbers (learning rates, coefficients, temperatures) and seeds of stages are leaves, so a new
+value never recompiles a step. Everything else (counts, names, switches) is static: it may shape the
+program.
 """
 
 from __future__ import annotations
@@ -43,9 +43,15 @@ class Range(NamedTuple):
         return f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
 
 
+class Traced(NamedTuple):
+    """Marks a field of whole numbers that is an argument of compiled programs, not a part."""
+
+
 # What fields of a Config may be declared as, so that the Config checks them itself.
 Count = Annotated[int, Range(1)]  # 1, 2, ...
 Whole = Annotated[int, Range(0)]  # 0, 1, 2, ...
+# Of a stage: another seed is no other program. (The seed of a run may be larger: `fold_seed`.)
+Seed = Annotated[int, Range(0, 2**31 - 1), Traced()]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
@@ -76,7 +82,7 @@ class Config:
     def __post_init__(self):
         for name, hint in _hints(type(self)).items():
             value = vars(self)[name]
-            if type(value) is int and _is_traced(hint):
+            if type(value) is int and _is_traced(hint) and not _is_seed(hint):
                 object.__setattr__(self, name, float(value))
             _check_field(name, vars(self)[name], hint)
         if _has_values(self):
@@ -150,7 +156,8 @@ def _broken_rule(value: Any, option) -> str | None:
         return None if is_choice else f"one of {', '.join(map(repr, choices))}"
     ranges = [x for x in getattr(option, "__metadata__", ()) if isinstance(x, Range)]
     for allowed in ranges:
-        if not _is_traced(option) and isinstance(value, bool | float | str | None):
+        whole = not _is_traced(option) or _is_seed(option)
+        if whole and isinstance(value, bool | float | str | None):
             return f"a whole number {allowed}"
         if isinstance(value, numbers.Real) and value not in allowed:
             return str(allowed)
@@ -163,7 +170,13 @@ def _options(hint) -> tuple:
     return typing.get_args(hint) if union else (hint,)
 
 
+def _is_seed(hint) -> bool:
+    return any(isinstance(x, Traced) for x in getattr(hint, "__metadata__", ()))
+
+
 def _is_traced(hint) -> bool:
+    if _is_seed(hint):
+        return True
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

@@ -23,7 +23,7 @@ from typing import Annotated, NamedTuple, NoReturn
 import jax
 import tyro
 
-from rlhf_jax import allocator, distributed, plan, processes, sharding, storage, workdir
+from rlhf_jax import allocator, distributed, plan, processes, sharding, storage, sweep, workdir
 from rlhf_jax.abstract import Program
 from rlhf_jax.config import Config
 from rlhf_jax.models.transformer import AS_CONFIGURED, Compute, Precision, Remat
@@ -52,6 +52,7 @@ class Context(NamedTuple):
     data: Path | None  # the folder of real data; None where nobody named one
     compute: Compute = AS_CONFIGURED  # how models are computed, where the command line says so
     stop: Stop = Stop()  # what may end a stage early; connected to no signal unless by `launch`
+    shared: sweep.Shared | None = None  # the stages that runs of a sweep have in common
 
 
 def launch(
@@ -79,7 +80,13 @@ def launch(
     allocator.keep_freed_memory()
     try:
         flags = _parse(config, argv)
-    except ValueError as error:  # of the configuration: tyro's own errors exit with the same code
+        if flags.from_ is not None:
+            started = workdir.started_from(flags.config, flags.from_)
+            flags = dataclasses.replace(flags, config=started)
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # of the configuration: tyro's own errors exit with the same code
         _fail(Exit.BAD_INPUT, f"error: {_one_line(error, hint='')}", debug=False)
     try:
         return _plan(run, programs, flags) if flags.plan else _launch(run, flags)
@@ -103,30 +110,53 @@ def _launch(run: Callable, flags) -> dict:
     )
     stop = Stop()
     with stop.handled():
-        return _run(run, flags, stop)
+        context, described = processes.everywhere(lambda: _prepare(run, flags, stop))
+        # What makes other programs, and would leave the processes waiting for each other.
+        compiled = {"mesh": dict(context.mesh.shape), "compute": context.compute._asdict()}
+        swept = {"sweep": list(flags.sweep), "seeds": flags.seeds, "shard": flags.sweep_shard}
+        distributed.check_same(described | compiled | swept)
+        if flags.sweep or flags.seeds > 1 or flags.sweep_shard:
+            return _sweep(run, flags, context, described["experiment"])
+        return _run(run, flags.config, context, described)
 
 
-def _run(run: Callable, flags, stop: Stop) -> dict:
-    context, described = processes.everywhere(lambda: _prepare(run, flags, stop))
-    folder, log, mesh = context.workdir, context.log, context.mesh
-    # What makes other programs, and would leave the processes waiting for each other.
-    compiled = {"mesh": dict(mesh.shape), "compute": context.compute._asdict()}
-    distributed.check_same(described | compiled)
+def _run(run: Callable, config: Config, context: Context, described: dict) -> dict:
+    """One run in its workdir, or its summary if it is finished."""
+    folder, log = context.workdir, context.log
     summary = processes.first(lambda: workdir.compare(folder, described))
     if summary is not None:
         log.print(f"{folder} is finished; nothing to train")
     else:
         workdir.check_shared(folder)
         with workdir.taken(folder, log) as found:
-            processes.first(lambda: workdir.begin(folder, described, mesh))
+            processes.first(lambda: workdir.begin(folder, described, context.mesh))
             log.print(f"{described['experiment']}: {folder}")
             try:
-                summary = plain(run(flags.config, context))
+                summary = plain(run(config, context))
             except (KeyboardInterrupt, Terminated) as error:
                 raise type(error)(workdir.how_to_continue(found.empty, folder, log)) from error
             processes.first(lambda: workdir.finish(folder, summary))
     processes.first(lambda: _show(log, summary))
     return summary
+
+
+def _sweep(run: Callable, flags, context: Context, experiment: str) -> dict:
+    """The runs of a sweep, one after the other, in this process."""
+    folder = context.workdir
+    every = sweep.points(flags.config, flags.sweep, flags.seeds)
+
+    def train(point: sweep.Point, where: storage.Path) -> dict:
+        log = Log(where, profile_steps=flags.profile)
+        described = workdir.describe(experiment, point.config, context.data, where, flags.dtype)
+        shared = sweep.Shared(folder / "stages", described, point.config)
+        own = context._replace(workdir=where, log=log, shared=shared)
+        try:
+            return _run(run, point.config, own, described)
+        except (KeyboardInterrupt, Terminated) as error:
+            again = f"; the same command with --workdir {folder} continues at {point.title}"
+            raise type(error)(again) from error
+
+    return sweep.run(sweep.shard(every, flags.sweep_shard), every, folder, context.log, train)
 
 
 def _prepare(run: Callable, flags, stop: Stop) -> tuple[Context, dict]:
@@ -196,8 +226,24 @@ def _parse(config: Config, argv: list[str] | None):
     arg = tyro.conf.arg
     own = (
         ("workdir", str | None, None, "DIR", "where the run lives [default: new, under runs/]"),
+        (
+            "from_",
+            str | None,
+            None,
+            "DIR",
+            "workdir of another run, whose exported models this one starts from",
+        ),
         ("data", Path | None, None, "DIR", "folder of real data [default: $RLHF_JAX_DATA]"),
         ("mesh", str, "", "SIZES", f"such as {_mesh_example()} [default: all devices]"),
+        (
+            "sweep",
+            tuple[str, ...],
+            (),
+            "FIELD=A,B",
+            "values of a setting to compare (of several: the grid)",
+        ),
+        ("seeds", int, 1, "N", "runs of everything, each with a seed of its own"),
+        ("sweep_shard", str, "", "I/N", "the part of a sweep that this process runs, from 1/N"),
         ("plan", str, "", "SLICE", "such as v5e:4x4: only compile for it, and print what it takes"),
         ("profile", int, 0, "STEPS", "number of steps of each stage to trace to workdir/profile"),
         ("dtype", Precision | None, None, None, "of matrix products [default: as configured]"),
@@ -223,7 +269,15 @@ def _parse(config: Config, argv: list[str] | None):
             *(
                 (
                     name,
-                    Annotated[kind, arg(metavar=metavar, help=text, help_behavior_hint="")],
+                    Annotated[
+                        kind,
+                        arg(
+                            name=name.rstrip("_"),
+                            metavar=metavar,
+                            help=text,
+                            help_behavior_hint="",
+                        ),
+                    ],
                     default,
                 )
                 for name, kind, default, metavar, text in own

@@ -17,7 +17,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rlhf_jax import storage
 from rlhf_jax.storage import Path
@@ -31,13 +31,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, say: Callable[[str], None] | None = None) -> Iterator[None]:
     """Holds the lock of a folder, which is made if it does not exist, while the body runs.
 
-    Raises ValueError naming the holder if another process has it.
+    Raises InUse naming the holder if another process has it, or waits for that one if there is a
+    function `say` that can be told so.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = _File(folder / NAME)
+    file = _open(folder / NAME, say)
     try:
         _wait_for_other_host(file)
         ended = threading.Event()
@@ -53,6 +54,24 @@ def held(folder: Path) -> Iterator[None]:
                 file.path.unlink()  # while it is still locked
     finally:
         file.close()
+
+
+class InUse(ValueError):
+    """Another process has the lock."""
+
+
+def _open(path: Path, say: Callable[[str], None] | None) -> _File:
+    said = False
+    while True:
+        try:
+            return _File(path)
+        except InUse as error:
+            if say is None:
+                raise
+            if not said:
+                say(f"waiting: {error}")
+            said = True
+            time.sleep(1.0)
 
 
 class _File:
@@ -142,11 +161,11 @@ def _parsed(found: bytes) -> dict | None:
     return holder if complete else None
 
 
-def _in_use(path: Path, found: bytes) -> ValueError:
+def _in_use(path: Path, found: bytes) -> InUse:
     holder = _parsed(found)
     who = "another process"
     if holder is not None:
         who = f"process {holder['process']} on {holder['host']}, since {holder['since']}"
-    return ValueError(
+    return InUse(
         f"--workdir {path.parent} is in use by {who}; wait for it, stop it, or name another folder"
     )

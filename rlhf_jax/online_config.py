@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from rlhf_jax import on_policy, sharding
-from rlhf_jax.config import Count, Positive, Share, Whole
+from rlhf_jax.config import Count, Positive, Seed, Share, Whole
 from rlhf_jax.sampling.settings import Sampling
 from rlhf_jax.training import checkpoint
 from rlhf_jax.training import state as training
@@ -32,7 +32,7 @@ class Config(checkpoint.Config):
     reward_timeout: Positive | None = None  # seconds a reward in Python may take per iteration
     save_every: Count = 25  # iterations between checkpoints
     eval_every: Whole = 0  # iterations between evaluations; 0 is never
-    seed: Whole = 0
+    seed: Seed = 0
 
     def check(self) -> None:
         """Raises ValueError for sizes that do not divide each other and for greedy sampling."""

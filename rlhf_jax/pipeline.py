@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlhf_jax import evaluation, processes, sharding
+from rlhf_jax import evaluation, lock, processes, sharding
 from rlhf_jax import online as online_algorithms
 from rlhf_jax.config import Config, fold_seed
 from rlhf_jax.data import batches, mixing, tokenizers
@@ -88,16 +88,27 @@ def seeded(seed: int, stage: str, config: Config) -> Config:
 
 
 @contextlib.contextmanager
-def runtime(context: Context, stage: str, config: checkpoint.Config) -> Iterator[Runtime]:
-    """The runtime of one stage, with its checkpoints under the workdir."""
-    stored = Checkpoints(
-        context.workdir / "checkpoints" / stage,
-        config.keep,
-        best=config.keep_best,
-        lowest=config.best_is == "lowest",
-        say=context.log.print,
-    )
-    with stored as checkpoints:
+def runtime(
+    context: Context, stage: str, config: checkpoint.Config, data: Callable[[], str] | None = None
+) -> Iterator[Runtime]:
+    """The runtime of one stage, with its checkpoints under the workdir.
+
+    In a sweep runs that do the same in a stage share its checkpoints (`sweep.Shared`). `data` gives
+    the hash of what the stage is trained on; without it the checkpoints are the run's own.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = context.workdir / "checkpoints" / stage
+        if context.shared is not None and data is not None:
+            folder = context.shared.stage(stage, config, data)
+            processes.first(lambda: stack.enter_context(lock.held(folder, context.log.print)))
+        stored = Checkpoints(
+            folder,
+            config.keep,
+            best=config.keep_best,
+            lowest=config.best_is == "lowest",
+            say=context.log.print,
+        )
+        checkpoints = stack.enter_context(stored)
         yield Runtime(context.mesh, context.log, checkpoints, stage, context.stop)
 
 
@@ -127,7 +138,7 @@ def supervised(
     train, held_out = (Loader(part, config.batch_size, fold_seed(seed, stage)) for part in data)
     if config.eval_every:
         options["held_out"] = held_out
-    with runtime(context, stage, config) as where:
+    with runtime(context, stage, config, data.train.fingerprint) as where:
         trained, _ = run(config, model, train, runtime=where, **options)
     return trained, evaluation.held_out(evaluate(config, trained, held_out, mesh=context.mesh))
 
@@ -168,9 +179,10 @@ def online(
             return evaluation.figures(found)
 
         options["evaluate"] = evaluate
-    with runtime(context, stage, config) as where:
+    config = seeded(seed, stage, config)
+    with runtime(context, stage, config, task.prompts.train.fingerprint) as where:
         return run(
-            seeded(seed, stage, config),
+            config,
             policy=policy,
             scorer=scorer,
             prompts=Loader(task.prompts.train, config.batch_size, fold_seed(seed, stage)),
@@ -208,9 +220,10 @@ def from_answers(
     samples = evaluation.sampled(drawn, scores)
     examples = batches.sampled_scored(samples, task.tokenizer, length)
     context.log.print(f"{stage}: {batches.describe(examples.counts)}")
-    with runtime(context, stage, config) as where:
+    config = seeded(seed, stage, config)
+    with runtime(context, stage, config, examples.fingerprint) as where:
         data = Loader(examples, config.batch_size, seed)
-        return run(seeded(seed, stage, config), policy, data, runtime=where, **options)
+        return run(config, policy, data, runtime=where, **options)
 
 
 def _gold(task: Task, rollout: Rollout) -> dict[str, float]:

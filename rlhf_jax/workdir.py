@@ -219,6 +219,48 @@ def restored_on_failure(folder: Path, log: Log) -> Iterator[_Found]:
         raise
 
 
+# ------------------------------------------------------------------------ starting from another run
+
+# The settings that name a model to start from, and where a run exports one, the best first.
+EXPORTS = {
+    "model": ("export/policy", "export/sft", "export"),
+    "scorer": ("export/reward_model",),
+}
+
+
+def started_from(config: Config, folder: str) -> Config:
+    """The configuration with the exported models of another run: its policy and its reward model.
+
+    Each is a Hugging Face folder with its tokenizer, as a setting `model` or `scorer` names it.
+    Raises ValueError for a folder that is no run or has exported nothing, and for an experiment
+    that starts from no model or is told which.
+    """
+    where = storage.path(folder)
+    if not (where / "config.json").is_file():
+        raise ValueError(f"--from {folder}: no run; name the workdir of one, with its config.json")
+    if "experiment" not in read_object(where / "config.json", "name the workdir of a run"):
+        raise ValueError(
+            f"--from {folder}: no run, but perhaps a model; name a model's folder by --model"
+        )
+    hints = typing.get_type_hints(type(config))
+    free = [name for name in EXPORTS if hints.get(name) is Source and not vars(config)[name]]
+    if "model" not in free:
+        why = "is named by --model already" if "model" in hints else "is made by this experiment"
+        raise ValueError(f"--from {folder}: the model to start from {why}; leave one of them out")
+    found = {
+        name: str(where / path)
+        for name in free
+        for path in reversed(EXPORTS[name])
+        if (where / path / "config.json").is_file()
+    }
+    if "model" not in found:
+        raise ValueError(
+            f"--from {folder}: it holds no exported model ({', '.join(EXPORTS['model'])}); "
+            "let that run finish, or name one whose experiment exports its policy"
+        )
+    return dataclasses.replace(config, **found)
+
+
 # ------------------------------------------------------------------------------- comparing two runs
 
 

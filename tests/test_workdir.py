@@ -258,3 +258,57 @@ def test_after_the_first_step_and_where_training_stopped_everything_is_kept():
     for folder in ("trained", "stopped"):
         assert json.loads(pathlib.Path(folder, "config.json").read_text())["config"]["seed"] == 7
         assert not pathlib.Path(folder, "summary.json").exists()
+
+
+# ------------------------------------------------------------------------ starting from another run
+
+
+class Start(Config):
+    model: Source = ""
+    scorer: Source = ""
+
+
+class OwnModel(Config):
+    size: int = 1
+
+
+def export(folder, *names):
+    folder.mkdir()
+    (folder / "config.json").write_text('{"experiment": "toy", "config": {}}')
+    for name in names:
+        (folder / "export" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "export" / name / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "names, model, scorer",
+    [
+        (["policy", "reward_model", "sft"], "policy", "reward_model"),
+        (["sft", "reward_model"], "sft", "reward_model"),
+        ([""], "", ""),
+    ],
+)
+def test_a_run_starts_from_the_models_that_another_has_exported(names, model, scorer, tmp_path):
+    export(tmp_path / "run", *names)
+    found = workdir.started_from(Start(), str(tmp_path / "run"))
+    base = tmp_path / "run" / "export"
+    assert found.model == str(base / model)
+    assert found.scorer == (str(base / scorer) if scorer else "")
+    named = workdir.started_from(Start(scorer="mine"), str(tmp_path / "run"))
+    assert (named.model, named.scorer) == (found.model, "mine")
+
+
+def test_what_no_run_can_start_from_is_refused(tmp_path):
+    export(tmp_path / "run", "policy")
+    export(tmp_path / "unfinished")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    for config, name, said in (
+        (Start(), "none", "no run; name the workdir of one"),
+        (Start(), "model", "no run, but perhaps a model; name a model's folder by --model"),
+        (Start(), "unfinished", "it holds no exported model .*let that run finish"),
+        (Start(model="other"), "run", "is named by --model already"),
+        (OwnModel(), "run", "is made by this experiment"),
+    ):
+        with pytest.raises(ValueError, match=f"--from .*{name}: .*{said}"):
+            workdir.started_from(config, str(tmp_path / name))

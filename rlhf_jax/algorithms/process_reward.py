@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax import abstract, losses
 from rlhf_jax.abstract import Stage
-from rlhf_jax.config import Count, Whole
+from rlhf_jax.config import Count, Seed
 from rlhf_jax.data import epoch, loader
 from rlhf_jax.data.batches import Loader, Steps
 from rlhf_jax.models import heads
@@ -42,7 +42,7 @@ class Config(loop.Config):
 
     num_steps: Count = 300
     save_every: Count = 300
-    seed: Whole = 0  # of the scalar head that training starts from
+    seed: Seed = 0  # of the scalar head that training starts from
 
 
 class Result(NamedTuple):

@@ -38,7 +38,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax import abstract, advantages, losses
 from rlhf_jax.abstract import Stage
-from rlhf_jax.config import Count, NonNegative, Positive, Range, Share, Whole
+from rlhf_jax.config import Count, NonNegative, Positive, Range, Seed, Share
 from rlhf_jax.data import loader
 from rlhf_jax.data.batches import Comparisons, Loader
 from rlhf_jax.models import action_values, heads, partition, transformer
@@ -75,7 +75,7 @@ class Config(loop.Config):
     cql_weight: NonNegative = 0.1  # in ILQL, of the cross entropy of Q, which holds others down
     top_k: Count = 16  # tokens of the policy that the maximum of double DQN is taken over
     beta: Positive = 0.1  # of soft Q: score per nat of KL
-    seed: Whole = 0  # of the twin head that ILQL starts from
+    seed: Seed = 0  # of the twin head that ILQL starts from
 
 
 class Result(NamedTuple):

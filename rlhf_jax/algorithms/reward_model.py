@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax import abstract, losses, preference_losses
 from rlhf_jax.abstract import Stage
-from rlhf_jax.config import Count, NonNegative, Whole
+from rlhf_jax.config import Count, NonNegative, Seed
 from rlhf_jax.data import epoch, loader
 from rlhf_jax.data.batches import Comparisons, Demonstrations, Loader
 from rlhf_jax.models import heads
@@ -46,7 +46,7 @@ class Config(loop.Config):
     num_steps: Count = 300
     save_every: Count = 300
     centring_coef: NonNegative = 0.0  # weight of (chosen + rejected)^2 of every pair
-    seed: Whole = 0  # of the scalar head that training starts from
+    seed: Seed = 0  # of the scalar head that training starts from
 
 
 init_scorer = heads.init_scorer  # (policy, key) -> the scorer that training starts from

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax import abstract, advantages, losses
 from rlhf_jax.abstract import Stage
-from rlhf_jax.config import Share, Whole
+from rlhf_jax.config import Seed, Share
 from rlhf_jax.data import loader
 from rlhf_jax.data.batches import Comparisons, Loader, Steps
 from rlhf_jax.models import action_values, heads, transformer
@@ -54,7 +54,7 @@ class Config(loop.Config):
     """
 
     credit_decay: Share = 0.9  # only `recent` reads it: of the credit, per token before the last
-    seed: Whole = 0
+    seed: Seed = 0
 
 
 class Result(NamedTuple):

@@ -6,6 +6,7 @@ section for which the run wrote nothing is left out.
 
 from __future__ import annotations
 
+import base64
 import html
 from typing import NamedTuple
 
@@ -62,6 +63,29 @@ def write(folder: Path) -> Path:
     path = folder / "report.html"
     storage.write(path, PAGE.format(title=title, style=STYLE, body="\n".join(filter(None, parts))))
     return path
+
+
+def write_sweep(
+    folder: Path, rows: list[dict[str, str]], image: bytes | None, failed: dict[str, str]
+) -> None:
+    """Writes the `report.html` of several runs: a table of their figures, and a drawing (PNG)."""
+    head, *_ = rows
+    body = ["<header><h1>Sweep</h1></header>"]
+    if image is not None:
+        encoded = base64.b64encode(image).decode()
+        body.append(f'<section><img alt="curves" src="data:image/png;base64,{encoded}"></section>')
+    cells = [[f"<td><b>{html.escape(name)}</b></td>" for name in head]]
+    cells += [[f"<td>{html.escape(value)}</td>" for value in row.values()] for row in rows]
+    lines = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    note = "Mean ± half of the 95 % interval (number of seeds)"
+    body.append(f"<section><h2>Figures</h2><p>{note}</p><table>{lines}</table></section>")
+    if failed:
+        listed = "".join(
+            f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in failed.items()
+        )
+        body.append(f"<section><h2>Failed</h2><ul>{listed}</ul></section>")
+    page = PAGE.format(title="sweep", style=STYLE, body="\n".join(body))
+    storage.write(folder / "report.html", page)
 
 
 # ---------------------------------------------------------------------------------------- reading

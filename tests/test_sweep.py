@@ -1,0 +1,206 @@
+"""Ablations: which runs a sweep consists of, what they share, and what is made of them."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+import tiny
+
+from rlhf_jax import pipeline, sweep
+from rlhf_jax.algorithms import ppo, sft
+from rlhf_jax.config import Config, Whole
+from rlhf_jax.data import batches
+from rlhf_jax.launch import launch
+
+
+class Policy(Config):
+    kl_coef: float = 0.1
+    num_epochs: int = 2
+
+
+class Experiment(Config):
+    seed: Whole = 0
+    switch: bool = False
+    ppo: Policy = Policy()
+
+
+class Seedless(Config):
+    ppo: Policy = Policy()
+
+
+# -------------------------------------------------------------------------------------- the points
+
+
+def test_points_are_the_grid_for_every_seed_and_those_of_a_seed_are_neighbours():
+    found = sweep.points(Experiment(seed=3), ["ppo.kl-coef=0.1,0.2", "ppo.num_epochs=1,4"], 2)
+    assert [(p.name, p.seed, p.config.ppo.kl_coef, p.config.ppo.num_epochs) for p in found] == [
+        (f"ppo.kl_coef={kl},ppo.num_epochs={epochs}", seed, kl, epochs)
+        for seed in (3, 4)
+        for kl in (0.1, 0.2)
+        for epochs in (1, 4)
+    ]
+    assert all(point.config.seed == point.seed for point in found)
+    assert found[0].folder == "points/ppo.kl_coef=0.1,ppo.num_epochs=1/seed3"
+    assert [(p.name, p.seed) for p in sweep.points(Experiment(), [], 2)] == [("all", 0), ("all", 1)]
+
+
+@pytest.mark.parametrize(
+    "swept, seeds, said",
+    [
+        (["ppo.kl_coeff=1"], 1, r"no setting 'ppo.kl_coeff'; did you mean ppo.kl_coef\?"),
+        (["ppo=1"], 1, r"no setting 'ppo'; did you mean ppo.kl_coef\?"),
+        (["ppo.kl_coef="], 1, "a value is missing; write for example --sweep ppo.kl_coef=1,2"),
+        (["ppo.kl_coef"], 1, "a value is missing"),
+        (["ppo.kl_coef=1,,2"], 1, "a value is missing"),
+        (["ppo.kl_coef=1,1"], 1, "named twice"),
+        (["ppo.kl_coef=1", "ppo.kl_coef=2"], 1, "is swept already"),
+        (["ppo.kl_coef=many"], 1, "ppo.kl_coef=many is not what this setting is made of"),
+        (["seed=1,2"], 3, "no 'seed' that is free to be counted up"),
+        ([], 0, "--seeds 0 must be at least 1"),
+    ],
+)
+def test_a_sweep_over_what_does_not_exist_is_refused(swept, seeds, said, capsys):
+    with pytest.raises(ValueError, match=said):
+        sweep.points(Experiment(), swept, seeds)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_seeds_need_a_seed():
+    with pytest.raises(ValueError, match="no 'seed'"):
+        sweep.points(Seedless(), [], 2)
+
+
+def test_shards_are_a_partition_that_keeps_seeds_together():
+    every = sweep.points(Experiment(), ["ppo.kl_coef=1,2,3"], 4)
+    parts = [sweep.shard(every, f"{i}/4") for i in (1, 2, 3, 4)]
+    assert sum(parts, []) == every == sweep.shard(every, "")
+    assert [{point.seed for point in part} for part in parts] == [{0}, {1}, {2}, {3}]
+    for wrong in ("3/2", "0/2", "1", "a/b", "1/2/3", "-1/2"):
+        with pytest.raises(ValueError, match="is not i/n with i from 1 to n"):
+            sweep.shard(every, wrong)
+
+
+# --------------------------------------------------------------------------------------- the table
+
+
+def pretend(config, context):
+    """A run whose figures are known; it fails where the switch is set."""
+    with context.log.stage("ppo", 1) as stage:
+        stage.write(0, {"objective/kl": config.ppo.kl_coef})
+    if config.ppo.num_epochs == 13:
+        raise ValueError("thirteen epochs\nbring bad luck")
+    return {"ppo": {"kl": config.ppo.kl_coef + config.seed, "note": "x"}, "seconds": {"ppo": 1.0}}
+
+
+def test_the_table_has_means_and_intervals_and_a_failed_point_is_not_fatal(tmp_path, capsys):
+    flags = ["--sweep", "ppo.kl_coef=0.5,1.5", "ppo.num_epochs=1,13", "--seeds", "3"]
+    found = launch(pretend, Experiment(), ["--workdir", str(tmp_path / "w"), *flags])
+    kl = found["ppo.kl_coef=0.5,ppo.num_epochs=1"]["ppo.kl"]
+    assert kl["values"] == {"0": 0.5, "1": 1.5, "2": 2.5} and kl["mean"] == 1.5
+    # Student's t for two degrees of freedom, from a table.
+    assert kl["interval"] == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert list(found["ppo.kl_coef=0.5,ppo.num_epochs=1"]) == ["ppo.kl"]
+    assert found["ppo.kl_coef=0.5,ppo.num_epochs=13"] == {}
+    written = json.loads((tmp_path / "w" / "sweep.json").read_text())
+    assert written["points"] == found and len(written["failed"]) == 6
+    lines = (tmp_path / "w" / "sweep.md").read_text().splitlines()
+    assert lines[2].split(" | ")[1] == "1.5 ± 2.5 (3)"
+    page = (tmp_path / "w" / "report.html").read_text()
+    assert "1.5 ± 2.5 (3)" in page and "thirteen epochs bring bad luck" in page
+    out = capsys.readouterr().out
+    assert "6 of 12 points failed" in out and "point 12 of 12" in out
+
+
+def test_a_sweep_goes_on_where_it_ended_and_grows(tmp_path):
+    calls = []
+
+    def run(config, context):
+        calls.append((config.ppo.kl_coef, config.seed))
+        return pretend(config, context)
+
+    start = ["--workdir", str(tmp_path / "w"), "--seeds", "2", "--sweep"]
+    launch(run, Experiment(), [*start, "ppo.kl_coef=1,2", "--sweep-shard", "1/2"])
+    assert calls == [(1.0, 0), (2.0, 0)]
+    found = launch(run, Experiment(), [*start, "ppo.kl_coef=1,2,3"])
+    assert calls[2:] == [(3.0, 0), (1.0, 1), (2.0, 1), (3.0, 1)]
+    assert [figures["ppo.kl"]["mean"] for figures in found.values()] == [1.5, 2.5, 3.5]
+
+
+def test_where_every_point_fails_the_sweep_fails(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        flags = ["--workdir", str(tmp_path / "w"), "--sweep", "ppo.num_epochs=13"]
+        launch(pretend, Experiment(), flags)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1
+    assert "all 1 points failed; ppo.num_epochs=13, seed 0: thirteen epochs" in error
+
+
+# -------------------------------------------------------------------------------------- real stages
+
+
+class Two(Config):
+    seed: Whole = 0
+    sft: sft.Config
+    ppo: ppo.Config
+
+
+TWO = Two(
+    sft=dataclasses.replace(tiny.SFT, num_steps=2),
+    ppo=dataclasses.replace(tiny.PPO, num_iterations=2, save_every=2),
+)
+
+
+def two_stages(config, context):
+    told = [{"prompt": word, "completion": word[::-1]} for word in tiny.WORDS]
+    both = batches.demonstrations(told, tiny.TOKENIZER, 4, 5)
+    asked = batches.prompts(told, tiny.TOKENIZER, 4)
+    task = pipeline.Task(tiny.TOKENIZER, pipeline.Split(asked, asked))
+    policy = pipeline.new_model(tiny.SHAPE, context, config.seed)
+    policy, found = pipeline.supervised(
+        sft.run,
+        sft.evaluate,
+        config.sft,
+        context,
+        tiny.TOKENIZER,
+        policy,
+        pipeline.Split(both, both),
+        stage="sft",
+        seed=config.seed,
+    )
+    result = pipeline.online(
+        ppo.run,
+        config.ppo,
+        context,
+        task,
+        policy,
+        None,
+        stage="ppo",
+        seed=config.seed,
+        reward=lambda prompts, responses, rows: [float(len(text)) for text in responses],
+    )
+    last = result.history[-1]
+    return {"sft": found, "ppo": {"kl": last["objective/kl"], "loss": last["loss"]}}
+
+
+def test_unchanged_stages_run_once_points_equal_single_runs_and_share_programs(tmp_path, caplog):
+    common = ["--mesh", "data=1,fsdp=1,tensor=1", "--workdir"]
+    flags = ["--sweep", "ppo.kl_coef=0.01,0.5", "--seeds", "2"]
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        found = launch(two_stages, TWO, [*common, str(tmp_path / "w"), *flags])
+    lines = [record.getMessage() for record in caplog.records]
+    for program in ("_step", "update"):  # of supervised stages, and of online ones
+        assert len([x for x in lines if f"Finished XLA compilation of jit({program})" in x]) == 1
+    stages = sorted(path.name.split("-")[0] for path in (tmp_path / "w" / "stages").iterdir())
+    assert stages == ["ppo"] * 4 + ["sft"] * 2
+    trained = [
+        {json.loads(line)["stage"] for line in file.read_text().splitlines()}
+        for file in sorted((tmp_path / "w" / "points").rglob("metrics.jsonl"))
+    ]
+    assert sorted(map(len, trained)) == [1, 1, 2, 2]  # with SFT only the first of each seed
+    single = launch(two_stages, Two(seed=1), [*common, str(tmp_path / "s"), "--ppo.kl-coef", "0.5"])
+    for stage, figures in single.items():
+        for name, value in figures.items():
+            assert found["ppo.kl_coef=0.5"][f"{stage}.{name}"]["values"]["1"] == value
+    assert (tmp_path / "w" / "sweep.png").read_bytes().startswith(b"\x89PNG")
