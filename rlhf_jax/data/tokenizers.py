@@ -131,8 +131,10 @@ class Tokenizer:
         folder = storage.path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         storage.write(folder / "tokenizer.json", self.backend.to_str(pretty=True))
-        # The generic class makes every version of transformers read tokenizer.json as it is.
-        settings = self.settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        # The generic class makes every version of transformers read tokenizer.json as it is. Unlike
+        # the classes of language models it would also return token_type_ids, which these refuse.
+        inputs = {"model_input_names": ["input_ids", "attention_mask"]}
+        settings = inputs | self.settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
         if (
             settings.get("pad_token")
             and _token_id(self.backend, settings, "pad_token", folder) != self.pad_id
