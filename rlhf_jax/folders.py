@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from rlhf_jax import processes, storage
-from rlhf_jax.data import tokenizers
+from rlhf_jax.data import chat, tokenizers
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import huggingface, lora, transformer
 from rlhf_jax.models.transformer import Compute, Model
@@ -82,12 +82,14 @@ def export(
     model = lora.merge(model)
     if head == "score":
         model = transformer.without_score_bias(model)
+    scores = head == "score" and tokenizer.chat_template is not None
+    saved = chat.ending_at_eos(tokenizer) if scores else tokenizer
     ids = {"eos_token_id": tokenizer.eos_ids[0], "pad_token_id": tokenizer.pad_id}
 
     def begin() -> None:
         (folder / "config.json").unlink(missing_ok=True)
         storage.remove(folder)
-        tokenizer.save(folder)
+        saved.save(folder)
 
     processes.first(begin)
     huggingface.save(folder, model, like=like, head=head, fields=ids)
