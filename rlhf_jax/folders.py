@@ -56,6 +56,20 @@ def language_model(
     return transformer.computed_as(model, compute)
 
 
+def reward_model(
+    name: str | pathlib.Path,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh | None = None,
+    compute: Compute = transformer.AS_CONFIGURED,
+) -> Model:
+    """The reward model of a folder, or of an `org/name`, as `language_model` reads those."""
+    model = transformer.computed_as(huggingface.load(huggingface.fetch(name), mesh), compute)
+    if "score" not in model.weights:
+        raise ValueError(f"{name}: a language model, where a reward model is needed")
+    tokenizers.check_vocab(tokenizer, model.config.vocab_size)
+    return model
+
+
 def export(
     folder: str | os.PathLike,
     model: Model,

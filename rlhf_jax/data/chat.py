@@ -137,6 +137,21 @@ def ending_at_eos(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def ids_after_eos(tokenizer: Tokenizer) -> tuple[int, ...] | None:
+    """Ids of what the template writes after the EOS of an answer; None if it writes no EOS there.
+
+    Raises ValueError without a template, and for one that does not write answers unchanged.
+    """
+    messages = [Message("user", "A question?"), Message("assistant", "An answer.")]
+    after = _after_eos(tokenizer, messages)
+    if after is None:
+        return None
+    # Encoded with the whole text, because a tokenizer can put a space in front of a text.
+    whole = tokenizer.encode(render(tokenizer, messages))
+    kept = tokenizer.encode(render(tokenizer, messages).removesuffix(after))
+    return tuple(whole[len(kept) :])
+
+
 def _after_eos(tokenizer: Tokenizer, messages: Sequence[Message]) -> str | None:
     """What the template writes after the EOS of the last answer; None if it writes no EOS there."""
     text = render(tokenizer, messages)
