@@ -80,7 +80,9 @@ def export(
 
     With several processes all of them call this function, and process 0 writes.
 
-    An adapter is merged into the weights. A model with a scalar head is written as a reward model.
+    An adapter is merged into the weights. A model with a scalar head is written as a reward model,
+    without the bias, and with a chat template that ends at the token it scores: see
+    `chat.ending_at_eos`.
     `like` is the folder or the hub name that the model came from: its files supply the
     entries of the configuration besides the shapes. The old config.json is removed first and the
     new one written last, so that after an interruption there is the old folder, the new one, or

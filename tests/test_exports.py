@@ -17,6 +17,7 @@ from rlhf_jax.data.schema import Message
 from rlhf_jax.models import heads, huggingface, lora, transformer
 from rlhf_jax.models.huggingface import configurations
 from rlhf_jax.rewards import learned
+from rlhf_jax.tasks import own_data
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -134,6 +135,30 @@ def test_what_follows_eos_is_appended_where_a_response_has_ended(monkeypatch):
         want = [97, 98, *(EOS if x == "E" else int(x) for x in want.split())]
         assert on == [0, 0] + [1] * len(want) + [0] * (8 - len(want))
         assert [x for x, real in zip(row, on) if real] == want
+
+
+def test_a_run_on_a_folder_reads_the_reward_model_where_transformers_does(experiment, tmp_path):
+    tokenizer, model = TEMPLATES["chatml"], tiny.model()
+    scorer = transformer.with_score_head(transformer.without_lm_head(model), None)
+    ids = {"eos_token_id": EOS, "pad_token_id": tokenizer.pad_id}
+    huggingface.save(tmp_path / "theirs", scorer, fields=ids)
+    tokenizer.save(tmp_path / "theirs")
+    folders.export(tmp_path / "ours", scorer, tokenizer)
+    context, config = tiny.context(tiny.mesh()), experiment("own_data").config
+    sampling = dataclasses.replace(config.ppo.sampling, max_new_tokens=16)
+    config = dataclasses.replace(
+        config, max_prompt=16, ppo=dataclasses.replace(config.ppo, sampling=sampling)
+    )
+
+    def score(name, **changes):
+        changed = dataclasses.replace(config, scorer=str(tmp_path / name), **changes)
+        return own_data.open_scorer(changed, context, tokenizer)[1]
+
+    assert score("ours") is learned.score
+    assert score("theirs", raw_prompts=True) is learned.score
+    assert score("theirs", max_prompt=15) == learned.Continued((EOS,), tuple(b"\n"))
+    with pytest.raises(ValueError, match="33 positions"):  # one more than it has
+        score("theirs")
 
 
 # The files of a folder.
