@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from rlhf_jax import processes, storage
-from rlhf_jax.data import tokenizers
+from rlhf_jax.data import chat, tokenizers
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import huggingface, lora, transformer
 from rlhf_jax.models.transformer import Compute, Model
@@ -56,6 +56,20 @@ def language_model(
     return transformer.computed_as(model, compute)
 
 
+def reward_model(
+    name: str | pathlib.Path,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh | None = None,
+    compute: Compute = transformer.AS_CONFIGURED,
+) -> Model:
+    """The reward model of a folder, or of an `org/name`, as `language_model` reads those."""
+    model = transformer.computed_as(huggingface.load(huggingface.fetch(name), mesh), compute)
+    if "score" not in model.weights:
+        raise ValueError(f"{name}: a language model, where a reward model is needed")
+    tokenizers.check_vocab(tokenizer, model.config.vocab_size)
+    return model
+
+
 def export(
     folder: str | os.PathLike,
     model: Model,
@@ -66,7 +80,9 @@ def export(
 
     With several processes all of them call this function, and process 0 writes.
 
-    An adapter is merged into the weights. A model with a scalar head is written as a reward model.
+    An adapter is merged into the weights. A model with a scalar head is written as a reward model,
+    without the bias, and with a chat template that ends at the token it scores: see
+    `chat.ending_at_eos`.
     `like` is the folder or the hub name that the model came from: its files supply the
     entries of the configuration besides the shapes. The old config.json is removed first and the
     new one written last, so that after an interruption there is the old folder, the new one, or
@@ -82,12 +98,14 @@ def export(
     model = lora.merge(model)
     if head == "score":
         model = transformer.without_score_bias(model)
+    scores = head == "score" and tokenizer.chat_template is not None
+    saved = chat.ending_at_eos(tokenizer) if scores else tokenizer
     ids = {"eos_token_id": tokenizer.eos_ids[0], "pad_token_id": tokenizer.pad_id}
 
     def begin() -> None:
         (folder / "config.json").unlink(missing_ok=True)
         storage.remove(folder)
-        tokenizer.save(folder)
+        saved.save(folder)
 
     processes.first(begin)
     huggingface.save(folder, model, like=like, head=head, fields=ids)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from rlhf_jax import losses, online
-from rlhf_jax.algorithms import actor_critic, ppo, reward_model
+from rlhf_jax.algorithms import actor_critic, ppo
 from rlhf_jax.models import heads, transformer
 from rlhf_jax.sampling import Drawing
 
@@ -30,7 +30,7 @@ SETTINGS = {
 def a_batch(config):
     """What both losses read, of a policy and critic that are not related."""
     policy = tiny.model()
-    critic = reward_model.init_scorer(policy, jax.random.key(7))
+    critic = heads.init_scorer(policy, jax.random.key(7))
     params = {"policy": policy, "reference": policy, "critic": critic, "scorer": None}
     prompts = jax.tree.map(jnp.asarray, tiny.prompts(16).batch(0))
 
@@ -176,7 +176,7 @@ def test_a_run_is_the_same_on_a_mesh_of_eight():
     histories = []
     for mesh in ("1x1x1", "2x2x2"):
         policy = tiny.model(mesh)
-        scorer = reward_model.init_scorer(policy, jax.random.key(7))
+        scorer = heads.init_scorer(policy, jax.random.key(7))
         histories.append(
             actor_critic.run(
                 config,

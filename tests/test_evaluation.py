@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from rlhf_jax import evaluation
-from rlhf_jax.algorithms import reward_model
 from rlhf_jax.evaluation import Evaluation, Exam
+from rlhf_jax.models import heads
 from rlhf_jax.sampling import Drawing, Sampling
 from rlhf_jax.sampling import rollout as rollouts
 from rlhf_jax.training.metrics import Log
@@ -33,7 +33,7 @@ def make_exam(mesh="1x1x1", batch_size=8, **changes):
         "tokenizer": tiny.TOKENIZER,
         "sampling": SAMPLING,
         "reference": policy,
-        "scorer": reward_model.init_scorer(policy, jax.random.key(7)),
+        "scorer": heads.init_scorer(policy, jax.random.key(7)),
         "gold": count_vowels,
         "seed": 5,
         "mesh": tiny.mesh(mesh),

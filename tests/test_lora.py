@@ -170,7 +170,7 @@ def run_ppo(policy, scorer, config=tiny.PPO, checkpoints=None, **kwargs):
 
 
 def scorer_on(policy):
-    return reward_model.init_scorer(policy, jax.random.key(3))
+    return heads.init_scorer(policy, jax.random.key(3))
 
 
 def test_ppo_holds_one_copy_of_the_base():

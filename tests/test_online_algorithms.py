@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from rlhf_jax.algorithms import best_of_n, esrl, grpo, mrt, online_dpo, reinforce, reward_model
-from rlhf_jax.models import lora
+from rlhf_jax.algorithms import best_of_n, esrl, grpo, mrt, online_dpo, reinforce
+from rlhf_jax.models import heads, lora
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.training.state import TrainingStopped
 
@@ -69,7 +69,7 @@ def test_a_reward_in_python_trains_as_the_same_reward_on_the_device(module):
 def test_of_an_adapted_policy_the_adapter_is_trained_on_a_learned_reward(module):
     base = tiny.model()
     adapted = lora.attach(base, lora.Config(rank=2), jax.random.key(1))
-    scorer = reward_model.init_scorer(base, jax.random.key(7))
+    scorer = heads.init_scorer(base, jax.random.key(7))
     policy, _ = run(module, policy=adapted, scorer=scorer)
     changed = {
         jax.tree_util.keystr(path)

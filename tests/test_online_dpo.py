@@ -10,8 +10,9 @@ import pytest
 import tiny
 
 from rlhf_jax import abstract, losses, online, preference_losses
-from rlhf_jax.algorithms import dpo, online_dpo, reward_model
+from rlhf_jax.algorithms import dpo, online_dpo
 from rlhf_jax.data.batches import Comparisons
+from rlhf_jax.models import heads
 from rlhf_jax.sampling import Rollout, Sampling
 from rlhf_jax.sampling.rollout import Outputs
 from rlhf_jax.training.checkpoint import Checkpoints
@@ -236,11 +237,11 @@ def test_another_loss_reads_the_same_pairs():
 
 
 def test_what_a_plan_compiles_is_what_runs(called_programs):
-    scorer = reward_model.init_scorer(tiny.model(), jax.random.key(7))
+    scorer = heads.init_scorer(tiny.model(), jax.random.key(7))
     run(dataclasses.replace(RUN, num_iterations=1), score=None, scorer=scorer)
     ran, mesh = set(called_programs.called), tiny.mesh()
     policy = abstract.model(tiny.SHAPE, mesh)
-    scorer = abstract.derived(reward_model.init_scorer, mesh, policy, jax.random.key(7))
+    scorer = abstract.derived(heads.init_scorer, mesh, policy, jax.random.key(7))
     config = dataclasses.replace(RUN, num_iterations=1)
     stage = online_dpo.programs(
         config,

@@ -451,7 +451,7 @@ def test_the_value_head_starts_at_exactly_0(models):
 def test_the_reward_head_starts_normal_with_variance_1_over_d_plus_1():
     width = 4096
     wide = transformer.Model(transformer.Config(d_model=width), {"head": {}, "norm": {}})
-    head = reward_model.init_scorer(wide, jax.random.key(0)).weights["score"]
+    head = heads.init_scorer(wide, jax.random.key(0)).weights["score"]
     assert float(head["kernel"].std()) == pytest.approx((width + 1) ** -0.5, rel=0.05)
     assert abs(float(head["kernel"].mean())) < 0.05 * (width + 1) ** -0.5
     assert head["kernel"].shape == (width, 1) and head["bias"] == 0.0

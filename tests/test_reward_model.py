@@ -14,7 +14,7 @@ from rlhf_jax.algorithms import reward_model
 from rlhf_jax.data import batches, mixing
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.tokenizers import byte_tokenizer
-from rlhf_jax.models import transformer
+from rlhf_jax.models import heads, transformer
 
 BYTES = byte_tokenizer()
 CONFIG = reward_model.Config()
@@ -113,7 +113,7 @@ def test_ratings_that_only_some_rows_give_are_refused(given):
 
 
 def test_the_held_out_loss_is_the_plain_rank_loss_whatever_trained_the_scorer():
-    scorer = reward_model.init_scorer(tiny.model(), jax.random.key(7))
+    scorer = heads.init_scorer(tiny.model(), jax.random.key(7))
 
     def held_out(centring_coef, **margin):
         pairs = [{"prompt": w, "chosen": w[::-1], "rejected": w, **margin} for w in tiny.WORDS]
@@ -131,7 +131,7 @@ def test_the_held_out_loss_is_the_plain_rank_loss_whatever_trained_the_scorer():
 
 
 def test_training_a_scorer_again_goes_on_with_its_head():
-    scorer = reward_model.init_scorer(tiny.model(), jax.random.key(7))
+    scorer = heads.init_scorer(tiny.model(), jax.random.key(7))
     bias = {**scorer.weights["score"], "bias": jnp.array([0.25])}
     scorer = transformer.Model(scorer.config, {**scorer.weights, "score": bias})
     slow = dataclasses.replace(tiny.ADAM, learning_rate=1e-12)
@@ -140,7 +140,7 @@ def test_training_a_scorer_again_goes_on_with_its_head():
     same = functools.partial(np.testing.assert_allclose, atol=1e-9)
     jax.tree.map(same, again, scorer)
     both_heads = transformer.Model(scorer.config, {**tiny.model().weights, "score": bias})
-    kept = reward_model.init_scorer(both_heads, jax.random.key(0))
+    kept = heads.init_scorer(both_heads, jax.random.key(0))
     assert kept.weights["score"] is bias and "head" not in kept.weights
 
 

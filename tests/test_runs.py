@@ -12,6 +12,7 @@ from tiny import distance, equal, run_ppo
 
 from rlhf_jax import on_policy, online
 from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.models import heads
 from rlhf_jax.rewards import learned
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.state import TrainingStopped
@@ -84,7 +85,7 @@ def test_the_critic_and_the_policy_are_different_networks_after_one_iteration():
     """N+ details, item 28: equal at first, apart after the first update."""
     config = dataclasses.replace(tiny.PPO, num_iterations=1)
     policy = tiny.model()
-    scorer = reward_model.init_scorer(policy, jax.random.key(7))
+    scorer = heads.init_scorer(policy, jax.random.key(7))
     result = run_ppo(config, scorer=scorer, critic=scorer)
     assert not equal(result.critic.weights["layer_0"], scorer.weights["layer_0"])
     assert not equal(result.critic.weights["layer_0"], result.policy.weights["layer_0"])
@@ -223,7 +224,7 @@ def test_temperature_is_the_same_for_sampler_policy_and_reference():
 def test_bfloat16_takes_old_logprobs_from_the_scorer_and_bounds_the_sampler_gap():
     shape = dataclasses.replace(tiny.SHAPE, dtype="bfloat16")
     policy = dataclasses.replace(tiny.model(), config=shape)
-    scorer = reward_model.init_scorer(policy, jax.random.key(7))
+    scorer = heads.init_scorer(policy, jax.random.key(7))
     result = ppo.run(
         dataclasses.replace(tiny.PPO, num_iterations=2),
         policy=policy,
@@ -281,7 +282,7 @@ def test_the_state_is_donated_and_the_callers_policy_is_not():
 
 
 def test_centring_makes_the_demonstrations_score_zero_on_average_and_keeps_the_order():
-    scorer = reward_model.init_scorer(tiny.model(), jax.random.key(3))
+    scorer = heads.init_scorer(tiny.model(), jax.random.key(3))
     centred = reward_model.centre(scorer, tiny.demonstrations(), mesh=tiny.mesh())
     batch = tiny.demonstrations(len(tiny.WORDS)).epoch_batches()[0]
     batch = jax.tree.map(jnp.asarray, batch)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax import losses, sharding, shards
 from rlhf_jax.algorithms import reward_model, sft
 from rlhf_jax.data.batches import Comparisons, Demonstrations
-from rlhf_jax.models import attention, lora, stacking, transformer
+from rlhf_jax.models import attention, heads, lora, stacking, transformer
 from rlhf_jax.training import state
 
 CONFIG = transformer.Config(
@@ -35,7 +35,7 @@ def init(key, tied=False):
 
 
 def make_scorer(key):
-    return reward_model.init_scorer(init(key), key)
+    return heads.init_scorer(init(key), key)
 
 
 def init_train_state(key):

@@ -7,7 +7,7 @@ import numpy as np
 from rlhf_jax import launch, sharding, storage
 from rlhf_jax.algorithms import ppo, reward_model, sft
 from rlhf_jax.data import batches, tokenizers
-from rlhf_jax.models import transformer
+from rlhf_jax.models import heads, transformer
 from rlhf_jax.models.transformer import Compute
 from rlhf_jax.rewards import learned
 from rlhf_jax.sampling import rollout
@@ -88,7 +88,7 @@ def prompts(batch_size=16, seed=0):
 def run_ppo(config=PPO, mesh="1x1x1", checkpoints=None, **changes):
     """PPO against a fresh scorer, whose copy is the critic; `changes` are other inputs."""
     policy = model(mesh)
-    scorer = reward_model.init_scorer(policy, jax.random.key(7))
+    scorer = heads.init_scorer(policy, jax.random.key(7))
     reward = {"score": learned.score, "scorer": scorer}
     arguments = {"prompts": prompts(config.batch_size), "critic": scorer, **reward} | changes
     return ppo.run(

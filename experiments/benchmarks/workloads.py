@@ -38,7 +38,7 @@ from rlhf_jax import chips, online, sharding
 from rlhf_jax.algorithms import dpo, grpo, ppo, reward_model, sft
 from rlhf_jax.data.batches import Comparisons, Demonstrations, Prompts
 from rlhf_jax.data.records import Ends
-from rlhf_jax.models import transformer
+from rlhf_jax.models import heads, transformer
 from rlhf_jax.models.partition import combine
 from rlhf_jax.rewards import learned
 from rlhf_jax.sampling import Drawing, Sampling, beam, decode
@@ -124,7 +124,7 @@ def make_sft(config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Mode
 def make_reward_model(config: Workload, mesh: jax.sharding.Mesh, policy: transformer.Model) -> Task:
     """A step of the reward model."""
     batch = _pairs(config)
-    scorer = reward_model.init_scorer(policy, jax.random.key(1))
+    scorer = heads.init_scorer(policy, jax.random.key(1))
     models, work = {"scorer": scorer}, reward_model_work(config, scorer)
     return _supervised(mesh, reward_model.Config(), reward_model.loss, models, batch, work)
 
@@ -213,7 +213,7 @@ def make_ppo(
         num_epochs=config.epochs,
         shared_critic=shared,
     )
-    scorer = reward_model.init_scorer(policy, jax.random.key(1))
+    scorer = heads.init_scorer(policy, jax.random.key(1))
     networks = ppo.networks(settings, policy, None if shared else scorer)
     work = ppo_work(config, networks["policy"], networks.get("critic"))
     reward = (learned.score, scorer)

@@ -49,9 +49,6 @@ class Config(loop.Config):
     seed: Seed = 0  # of the scalar head that training starts from
 
 
-init_scorer = heads.init_scorer  # (policy, key) -> the scorer that training starts from
-
-
 class Result(NamedTuple):
     """The trained scorer and the metrics of each step this process ran."""
 
@@ -172,7 +169,7 @@ def run(
 
     trained, history = loop.fit(
         config,
-        {"scorer": init_scorer(policy, jax.random.key(config.seed))},
+        {"scorer": heads.init_scorer(policy, jax.random.key(config.seed))},
         comparisons,
         loss_fn=loss_fn,
         name="reward_model",
@@ -272,7 +269,7 @@ def programs(
     """
     batch = abstract.comparisons(mesh, config.batch_size, length, responses)
     key = jax.random.key(config.seed)
-    models = {"scorer": abstract.derived(init_scorer, mesh, policy, key)}
+    models = {"scorer": abstract.derived(heads.init_scorer, mesh, policy, key)}
     held = (policy, resident)
     stage = abstract.supervised(
         config, models, batch, mesh, loss_fn=loss_fn, name=name, resident=held

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
@@ -100,6 +101,69 @@ def conversation(
         elif last:
             ids, said = ids[: eos + 1], said[: eos + 1]
     return ids, said
+
+
+def ending_at_eos(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with a template that ends a finished conversation where `conversation` does.
+
+    A reward model is trained at the EOS of the last answer, but transformers reads a classifier's
+    score at the last token of the text. So what the template writes after that EOS (in ChatML a
+    line break) is left out, and an EOS that it does not write is added. A template that ends so
+    already, or that leaves out or changes answers, is kept as it is.
+
+    Logs a warning if the text of a finished conversation is then still another one than that of
+    `conversation`, as where the template opens the answer that is asked for in its own way.
+    """
+    question, answer = Message("user", "A question?"), Message("assistant", "An answer.")
+    try:
+        after = _after_eos(tokenizer, [question, answer])
+        if after is None:
+            eos = json.dumps(tokenizer.backend.id_to_token(tokenizer.eos_ids[0]))
+            tokenizer = tokenizer.with_ending(f"conversation_text.rstrip() ~ {eos}")
+        elif after:
+            # A string of jinja has the escapes of Python and needs none beyond ASCII.
+            text = json.dumps(after, ensure_ascii=False)
+            tokenizer = tokenizer.with_ending(f"conversation_text.removesuffix({text})")
+        rendered = tokenizer.encode(render(tokenizer, [question, answer]))
+        same = rendered == conversation(tokenizer, [question, answer])[0]
+    except ValueError:  # the template refuses even these two messages
+        same = False
+    if not same:
+        logging.getLogger(__name__).warning(
+            "under this chat template a finished conversation is another text than the one that an "
+            "answer is trained and scored in, so transformers gives it another score; score it by "
+            "the token ids of the question as asked, the answer and EOS"
+        )
+    return tokenizer
+
+
+def ids_after_eos(tokenizer: Tokenizer) -> tuple[int, ...] | None:
+    """Ids of what the template writes after the EOS of an answer; None if it writes no EOS there.
+
+    Raises ValueError without a template, and for one that does not write answers unchanged.
+    """
+    messages = [Message("user", "A question?"), Message("assistant", "An answer.")]
+    after = _after_eos(tokenizer, messages)
+    if after is None:
+        return None
+    # Encoded with the whole text, because a tokenizer can put a space in front of a text.
+    whole = tokenizer.encode(render(tokenizer, messages))
+    kept = tokenizer.encode(render(tokenizer, messages).removesuffix(after))
+    return tuple(whole[len(kept) :])
+
+
+def _after_eos(tokenizer: Tokenizer, messages: Sequence[Message]) -> str | None:
+    """What the template writes after the EOS of the last answer; None if it writes no EOS there."""
+    text = render(tokenizer, messages)
+    start = _start_of_answer(tokenizer, messages, text)
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    ends = (
+        end
+        for token, (_, end) in zip(encoding.ids, encoding.offsets)
+        if token in tokenizer.eos_ids and end > start
+    )
+    end = next(ends, None)
+    return None if end is None else text[end:]
 
 
 def _within(offsets: tuple[int, int], span: tuple[int, int]) -> bool:

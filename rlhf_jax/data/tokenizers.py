@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
+# Around a template whose finished conversations get another end: see `Tokenizer.with_ending`.
+_BEFORE, _AFTER = "{% set conversation_text %}{{ '' }}", "{{ '' }}{% endset %}"
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _ANCHOR = "\n"
 # Text on which tokenizers of one vocabulary differ if they split text differently.
@@ -84,6 +87,18 @@ class Tokenizer:
         settings = self.settings | {"chat_template": template, "split_special_tokens": False}
         return dataclasses.replace(self, backend=backend, settings=settings)
 
+    def with_ending(self, ending: str) -> Tokenizer:
+        """This tokenizer with another end of conversations that end with an answer.
+
+        `ending` is a jinja expression, in which `conversation_text` is what the template writes of
+        such a conversation. Others, and all that ask for an answer, stay as they are.
+        """
+        finished = "messages and messages[-1]['role'] == 'assistant' and not add_generation_prompt"
+        ending = f"{{{{ {ending} if {finished} else conversation_text }}}}"
+        template = f"{_BEFORE}{_rendered_part(self.chat_template)}{_AFTER}{ending}"
+        settings = self.settings | {"chat_template": template}
+        return dataclasses.replace(self, settings=settings)
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; nothing is prepended or appended."""
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -131,8 +146,10 @@ class Tokenizer:
         folder = storage.path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         storage.write(folder / "tokenizer.json", self.backend.to_str(pretty=True))
-        # The generic class makes every version of transformers read tokenizer.json as it is.
-        settings = self.settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        # The generic class makes every version of transformers read tokenizer.json as it is. Unlike
+        # the classes of language models it would also return token_type_ids, which these refuse.
+        inputs = {"model_input_names": ["input_ids", "attention_mask"]}
+        settings = inputs | self.settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
         if (
             settings.get("pad_token")
             and _token_id(self.backend, settings, "pad_token", folder) != self.pad_id
@@ -262,7 +279,7 @@ def check_same(policy: Tokenizer, scorer: Tokenizer) -> None:
     same_vocabulary = policy.backend.get_vocab() == scorer.backend.get_vocab()
     if not same_vocabulary or policy.encode(_SAMPLE) != scorer.encode(_SAMPLE):
         differ.append("ids")
-    if policy.chat_template != scorer.chat_template:
+    if _without_ending(policy.chat_template) != _without_ending(scorer.chat_template):
         differ.append("chat template")
     # Of several EOS ids one in common is enough, for the reward model reads whichever was sampled.
     if not set(policy.eos_ids) & set(scorer.eos_ids):
@@ -272,6 +289,20 @@ def check_same(policy: Tokenizer, scorer: Tokenizer) -> None:
             f"policy and reward model differ in {' and '.join(differ)}; take a reward model of the "
             "policy's family, train one from the policy, or score texts by a function on the host"
         )
+
+
+def _without_ending(template: str | None) -> str | None:
+    """The template that `Tokenizer.with_ending` was given, or this one."""
+    if template is None:
+        return None
+    if template.startswith(_BEFORE) and _AFTER in template:
+        return template.removeprefix(_BEFORE).rpartition(_AFTER)[0]
+    return _rendered_part(template)
+
+
+def _rendered_part(template: str) -> str:
+    """The template without a line break at its end, which jinja does not render."""
+    return re.sub(r"(\r\n|\r|\n)\Z", "", template)
 
 
 def _byte_level(backend: tokenizers.Tokenizer) -> Tokenizer:

@@ -29,7 +29,8 @@ from rlhf_jax.evaluation import Exam
 from rlhf_jax.launch import Context
 from rlhf_jax.models import huggingface, lora, transformer
 from rlhf_jax.models.transformer import Compute, Model
-from rlhf_jax.rewards import agreement
+from rlhf_jax.rewards import agreement, learned
+from rlhf_jax.sampling.rollout import Score
 
 # Qwen2.5 of half a billion parameters.
 QWEN = transformer.Config(
@@ -116,16 +117,23 @@ def open_tokenizer(folder: pathlib.Path, plain_template: bool) -> tokenizers.Tok
     return tokenizer
 
 
-def open_scorer(config: Config, context: Context, tokenizer: tokenizers.Tokenizer) -> Model:
-    """The reward model of a folder. Raises ValueError unless it reads what the policy writes."""
+def open_scorer(
+    config: Config, context: Context, tokenizer: tokenizers.Tokenizer
+) -> tuple[Model, Score]:
+    """The reward model of a folder, and how it is read: at the token where transformers reads it.
+
+    Raises ValueError unless it reads what the policy writes.
+    """
     folder = huggingface.fetch(config.scorer)
-    tokenizers.check_same(tokenizer, open_tokenizer(folder, config.plain_template))
-    loaded = huggingface.load(folder, context.mesh)
-    scorer = transformer.computed_as(loaded, compute_of(config, context))
-    if "score" not in scorer.weights:
-        raise ValueError(f"{config.scorer}: a language model, where a reward model is needed")
-    tokenizers.check_vocab(tokenizer, scorer.config.vocab_size)
-    return scorer
+    own = open_tokenizer(folder, config.plain_template)
+    tokenizers.check_same(tokenizer, own)
+    scorer = folders.reward_model(folder, tokenizer, context.mesh, compute_of(config, context))
+    if own.chat_template is None or config.raw_prompts:
+        return scorer, learned.score
+    score = learned.under_template(own, tokenizer.eos_ids)
+    more = len(score.after) if isinstance(score, learned.Continued) else 0
+    transformer.check_length(scorer.config, _longest(config) + more)
+    return scorer, score
 
 
 def compute_of(config: Common, context: Context) -> Compute:
@@ -308,9 +316,10 @@ def reinforce(
     task: pipeline.Task,
     policy: Model,
     scorer: Model,
+    score: Score,
     text: Examples | None,
 ) -> Model:
-    """The policy after PPO against the scorer, which also starts the critic.
+    """The policy after PPO against the scorer's `score`; the scorer also starts the critic.
 
     Of `text` each iteration takes one row for each response.
     """
@@ -330,6 +339,7 @@ def reinforce(
         stage="ppo",
         seed=config.seed,
         critic=scorer,
+        score=score,
         **options,
     )
     return result.policy
@@ -351,7 +361,8 @@ def compare(
     """Answers the exam before and after PPO: the figures, with the win rate if there is a judge."""
     compared = evaluation.compare(exam, before, after, config.best_of)
     evaluation.show(context.log, compared, config.num_shown)
-    won = {} if judge is None else win_rate(config, exam._replace(scorer=judge), before, after)
+    judged = exam._replace(scorer=judge, score=learned.score)
+    won = {} if judge is None else win_rate(config, judged, before, after)
     return evaluation.summarise(compared) | won
 
 
@@ -390,7 +401,9 @@ def run(config: Config, context: Context) -> dict:
     compute = compute_of(config, context)
     policy = folders.language_model(base, tokenizer, context.mesh, compute)
     check_sizes(config, context, policy)
-    scorer = open_scorer(config, context, tokenizer) if config.scorer else None
+    scorer, score = None, learned.score
+    if config.scorer:
+        scorer, score = open_scorer(config, context, tokenizer)
     data, seed, clock, summary = read(config, tokenizer), config.seed, pipeline.Clock(), {}
     if scorer is not None and data.prompts is None:
         raise ValueError("--prompts is missing: PPO needs prompts, and no preferences have any")
@@ -431,12 +444,12 @@ def run(config: Config, context: Context) -> dict:
         judge = ranked("judge", data.second)
     task = pipeline.Task(tokenizer, data.prompts)
     with clock("ppo"):
-        tuned = reinforce(config, context, task, policy, scorer, data.pretraining)
+        tuned = reinforce(config, context, task, policy, scorer, score, data.pretraining)
         export("policy", tuned)
     with clock("evaluation"):
         exam = pipeline.exam(
             context, task, policy, scorer, config.ppo.sampling, config.ppo.batch_size, seed=seed
-        )
+        )._replace(score=score)
         summary["ppo"] = compare(config, context, exam, policy, tuned, judge)
     return summary | {"seconds": clock.seconds}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import typing
@@ -296,7 +297,10 @@ def fields_from(config: transformer.Config, classifier: bool = False) -> dict[st
         rotates = family.rotary_share or config.rotary_dim is None
         if rotates and all(vars(config)[name] == value for name, value in fixed.items()):
             fields = _fields(family, config, classifier)
-            if config_from(fields) == wanted:
+            found = config_from(fields)
+            if config.query_scalar is None and found.query_scalar == config.head_dim:
+                found = dataclasses.replace(found, query_scalar=None)  # these are one and the same
+            if found == wanted:
                 return fields
     raise ValueError(
         "no family of transformers has this model's options, so no config.json can describe it; "
@@ -314,16 +318,21 @@ def _fields(family, config, classifier):
     for option, field in family.fields.items():
         value = vars(config)[option]
         fields[field] = WRITTEN_ACTIVATIONS[value] if option == "activation" else value
-    if config.window is not None and family.full_layers:
-        full = [i in config.full_layers for i in range(config.num_layers)]
+        if option == "query_scalar":  # Gemma must say it
+            fields[field] = value or config.head_dim
+    switched = family.full_layers is families.before_max_window  # Qwen's window is off by default
+    if family.full_layers and (config.window is not None or not switched):
+        full = [config.window is None or i in config.full_layers for i in range(config.num_layers)]
         fields["layer_types"] = [LAYER_TYPES[x] for x in full]
-        if family.full_layers is families.before_max_window:
+        if switched:
             fields["use_sliding_window"] = True
+        if config.window is None:  # no layer has it, but transformers makes its mask all the same
+            fields["sliding_window"] = family.defaults["sliding_window"]
     if config.positions == "learned":
         return fields
     fields[family.rope_base] = config.rope_base
     if family.model_type == "gemma3_text":
-        fields["rope_local_base_freq"] = config.local_rope_base
+        fields["rope_local_base_freq"] = config.local_rope_base or config.rope_base
     if family.rotary_share:
         fields[family.rotary_share] = (config.rotary_dim or config.head_dim) / config.head_dim
     scaling, original = config.rope_scaling, "original_max_position_embeddings"

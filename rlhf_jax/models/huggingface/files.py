@@ -48,7 +48,11 @@ def write_tensors(file: storage.Path, tensors: dict[str, np.ndarray]) -> None:
     if storage.in_bucket(file):
         storage.write(file, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     else:  # without a second copy in memory
+        file.touch()
+        mode = file.stat().st_mode
         safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+        # safetensors replaces the file by one that only its owner may read, whatever the umask.
+        file.chmod(mode)
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
