@@ -221,10 +221,9 @@ def command(
         _fail(Exit.INTERRUPTED, "interrupted", debug=False)
 
 
-def _parse(config: Config, argv: list[str] | None):
-    """The flags, `config` among them; exits with 0 after --help and 2 on a wrong flag."""
-    arg = tyro.conf.arg
-    own = (
+def _flags() -> tuple:
+    """(name, type, default, metavar, text) of the flags that every experiment has."""
+    return (
         ("workdir", str | None, None, "DIR", "where the run lives [default: new, under runs/]"),
         (
             "from_",
@@ -254,6 +253,11 @@ def _parse(config: Config, argv: list[str] | None):
         ("process_id", int | None, None, "I", "which of them this is, from 0"),
         ("coordinator_timeout", int, 300, "SECONDS", "how long to wait for all of them"),
     )
+
+
+def _parse(config: Config, argv: list[str] | None):
+    """The flags, `config` among them; exits with 0 after --help and 2 on a wrong flag."""
+    arg, own = tyro.conf.arg, _flags()
     taken = {name for name, *_ in own} | {"debug", "config"}
     for field in dataclasses.fields(config):
         if field.name in taken:

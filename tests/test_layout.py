@@ -57,10 +57,12 @@ DISK = (
     "training/checkpoint.py",
     "training/metrics.py",
     "training/report.py",
+    "training/figure.py",
     "models/huggingface/",
     "folders.py",
     "workdir.py",
     "launch.py",
+    "sweep.py",
     "tasks/",
     "tools/",
 )

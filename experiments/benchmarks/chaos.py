@@ -29,7 +29,7 @@ from rlhf_jax.launch import command
 from rlhf_jax.training.checkpoint import Checkpoints
 
 PROGRAM = pathlib.Path(__file__).with_name("chaos_run.py")
-# (moment, its number, seconds after it), and a kill before that: restoring needs a checkpoint.
+# (moment, its number, seconds after it); restoring needs a checkpoint, and so a kill before.
 STEPPING = [("stepping", number, 0.0) for number in (1, 2, 5, 11, 12, 13, 16, 20)]
 SAVING = [
     ("saving", number, seconds)
@@ -40,7 +40,7 @@ SAVING = [
 RESTORING = [("restoring", 1, seconds) for seconds in (0.0, 0.005, 0.02, 0.05, 0.1)]
 COMPILING = [("compiling", number, 0.01) for number in (3, 40, 120, 200)]
 KILLS = [*STEPPING, *SAVING, *RESTORING, *COMPILING]
-PREPARED = ("stepping", 17, 0.0)  # what is killed here is restored from iteration 4 of PPO
+PREPARED = ("stepping", 19, 0.0)  # what is killed here has checkpoints of PPO's iterations 4 and 6
 UNTIMED = ("seconds", "tokens_per_second", "model_flops_utilisation", "reward/")
 
 

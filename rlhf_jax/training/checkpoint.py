@@ -312,7 +312,7 @@ def _shown(kind: tuple[str, tuple] | None) -> str:
 
 
 def _line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 def _flat(tree: Any) -> dict[str, Any]:
