@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from rlhf_jax import on_policy, sharding
-from rlhf_jax.config import Count, Positive, Seed, Share, Whole
+from rlhf_jax.config import Count, Decay, Positive, Seed, Whole
 from rlhf_jax.sampling.settings import Sampling
 from rlhf_jax.training import checkpoint
 from rlhf_jax.training import state as training
@@ -28,15 +28,17 @@ class Config(checkpoint.Config):
     max_weight: Positive = 2.0  # of policy / sampler, with off_policy="weight"
     # The policy that is evaluated and returned is the exponential average of the policies after
     # each iteration, with this decay. None: the last one.
-    ema_decay: Share | None = None
+    ema_decay: Decay | None = None
     reward_timeout: Positive | None = None  # seconds a reward in Python may take per iteration
     save_every: Count = 25  # iterations between checkpoints
     eval_every: Whole = 0  # iterations between evaluations; 0 is never
     seed: Seed = 0
 
     def check(self) -> None:
-        """Raises ValueError for sizes that do not divide each other and for greedy sampling."""
+        """Raises ValueError for sizes that do not divide, a long warm-up, and greedy sampling."""
         self.check_best(self.eval_every)
+        for network, optimizer in self.optimizers().items():
+            training.check_warmup(f"{network}_optimizer", optimizer, self.num_updates)
         responses, parts = self.num_responses, self.num_minibatches
         if responses % parts:
             raise ValueError(

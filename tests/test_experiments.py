@@ -28,8 +28,8 @@ def small(config, iterations=2, online=("ppo",), **changes):
     return dataclasses.replace(
         config,
         model=shape,
-        sft=dataclasses.replace(config.sft, num_steps=4, batch_size=8, save_every=2),
-        reward_model=dataclasses.replace(config.reward_model, num_steps=4, batch_size=4),
+        sft=tiny.short(config.sft, num_steps=4, batch_size=8, save_every=2),
+        reward_model=tiny.short(config.reward_model, num_steps=4, batch_size=4),
         **{name: dataclasses.replace(vars(config)[name], **sizes) for name in online},
         best_of=2,
         **changes,
@@ -195,7 +195,7 @@ def test_stories_run_on_real_input_at_toy_size(experiment, tmp_path, real_data):
         (folder / name).symlink_to(real_data / name)
     config = dataclasses.replace(
         stories.config,
-        reward_model=dataclasses.replace(stories.config.reward_model, num_steps=2, batch_size=8),
+        reward_model=tiny.short(stories.config.reward_model, num_steps=2, batch_size=8),
         ppo=dataclasses.replace(
             stories.config.ppo, num_iterations=2, batch_size=16, num_epochs=1, save_every=1
         ),

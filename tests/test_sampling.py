@@ -594,7 +594,7 @@ def test_filters_keep_exactly_the_tokens_that_transformers_keeps(kind, temperatu
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"top_k": 0}, "top_k=0.0 must be at least 1"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"top_k": 2.5}, "top_k=2.5 must be a whole number"),
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p=1.1 must be in \(0, 1\]"),
@@ -607,7 +607,10 @@ def test_filters_keep_exactly_the_tokens_that_transformers_keeps(kind, temperatu
         ({"typical_p": 0.0}, r"typical_p=0.0 must be in \(0, 1\]"),
         ({"epsilon_cutoff": 1.1}, r"epsilon_cutoff=1.1 must be in \[0, 1\]"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be above 0 or None"),
-        ({"repetition_penalty": INF}, "repetition_penalty=inf must be a finite number, or None"),
+        (
+            {"repetition_penalty": INF},
+            "repetition_penalty=inf must be a finite number above 0 or None",
+        ),
         ({"presence_penalty": INF}, "presence_penalty=inf must be a finite number"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty=nan must be a finite number"),
         ({"no_repeat_ngram": 0}, "no_repeat_ngram=0 must be at least 1 or None"),

@@ -1,5 +1,7 @@
 """A tiny text task that the tests of whole runs share: bytes, one layer, eight tokens."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,14 @@ PPO = ppo.Config(
     critic_optimizer=ADAM,
     save_every=1,
 )
+
+
+def short(config, **changes):
+    """The settings of a stage with changes that make it short, and so without a warm-up."""
+    for name, value in vars(config).items():
+        if isinstance(value, OptimizerConfig):
+            changes.setdefault(name, dataclasses.replace(value, warmup_steps=0))
+    return dataclasses.replace(config, **changes)
 
 
 def mesh(name="1x1x1"):

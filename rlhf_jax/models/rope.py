@@ -40,8 +40,8 @@ class Scaling(config.Config):
     beta_slow: config.Positive = 1.0  # yarn: turns at which the ramp ends
     truncate: bool = True  # yarn: the ramp begins and ends at whole indices
     attention_factor: config.Positive | None = None  # scales cosines and sines; None: as published
-    short_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()
+    short_factors: tuple[config.Positive, ...] = ()
+    long_factors: tuple[config.Positive, ...] = ()
 
 
 def fixed_up_to(scaling: Scaling) -> int | None:

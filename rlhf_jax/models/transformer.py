@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,7 @@ from rlhf_jax.models.attention import AttentionInputs
 
 Precision = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
+Layers = Annotated[int, config.Range(1, 10_000)]  # each of which is traced on its own
 
 
 class Config(config.Config):
@@ -35,7 +36,7 @@ class Config(config.Config):
     """
 
     vocab_size: config.Count = 512
-    num_layers: config.Count = 4
+    num_layers: Layers = 4
     d_model: config.Count = 256  # width of the hidden states
     num_heads: config.Count = 4  # query heads
     num_kv_heads: config.Count = 4  # key and value heads, each shared by equally many query heads
@@ -49,7 +50,7 @@ class Config(config.Config):
     rotary_dim: config.Count | None = None  # leading features of a head that are rotated; None: all
     local_rope_base: config.Positive | None = None  # of layers with a window; None: rope_base
     window: config.Count | None = None  # tokens that each token attends to, with itself; None: all
-    full_layers: tuple[int, ...] = ()  # layers that the window does not apply to
+    full_layers: tuple[config.Whole, ...] = ()  # layers that the window does not apply to
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"  # Gemma's scale is 1 + the parameter
     norm_eps: config.Positive = 1e-5
     post_norms: bool = False  # the outputs of attention and MLP are normalised too

@@ -6,7 +6,6 @@ the beams' own parts are reordered on the device.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -37,9 +36,7 @@ class Beam(config.Config):
     num_return: config.Count = 1  # hypotheses returned for each prompt, the best first
 
     def check(self) -> None:
-        """Raises ValueError for more hypotheses than are kept, and numbers that are none."""
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty={self.length_penalty} must be a finite number")
+        """Raises ValueError for more hypotheses than are kept."""
         if self.num_return > self.beams:
             raise ValueError(f"num_return={self.num_return} must be at most beams={self.beams}")
 

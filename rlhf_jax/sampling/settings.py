@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
@@ -41,15 +40,9 @@ class Sampling(config.Config):
     epsilon_cutoff: config.Share | None = None  # draw from tokens with p >= epsilon_cutoff
 
     def check(self) -> None:
-        """Raises ValueError for infinite numbers, ids that are none, contradicting fields."""
+        """Raises ValueError for ids that are none, and for contradicting fields."""
         if self.top_k is not None and not float(self.top_k).is_integer():
             raise ValueError(f"top_k={self.top_k} must be a whole number of at least 1, or None")
-        if not math.isfinite(self.temperature):
-            raise ValueError(f"temperature={self.temperature} must be a finite number")
-        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
-            value = vars(self)[name]
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name}={value} must be a finite number, or None")
         _check_ids("banned_tokens", self.banned_tokens)
         _check_ids("forced_tokens", self.forced_tokens)
         if both := sorted(set(self.banned_tokens) & set(self.forced_tokens)):

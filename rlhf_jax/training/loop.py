@@ -38,8 +38,9 @@ class Config(checkpoint.Config):
     eval_every: Whole = 0  # steps between evaluations; 0 is never
 
     def check(self) -> None:
-        """Raises ValueError for a batch that does not divide, or a metric that is never there."""
+        """Raises ValueError for what cannot work together, such as a batch that does not divide."""
         self.check_best(self.eval_every)
+        training.check_warmup("optimizer", self.optimizer, self.num_steps)
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of micro_batches="

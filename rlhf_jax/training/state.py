@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import config, sharding, shards
-from rlhf_jax.config import NonNegative, Positive, Share, Whole
+from rlhf_jax.config import Decay, NonNegative, Positive, Share, Whole
 from rlhf_jax.models import partition, stacking
 
 
@@ -32,13 +32,25 @@ class OptimizerConfig(config.Config):
     learning_rate: NonNegative = 3e-4
     warmup_steps: Whole = 0
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # of the decay after warm-up
-    final_scale: NonNegative = 0.0  # the learning rate decays to this share of its peak
-    b1: Share = 0.9
-    b2: Share = 0.999
+    final_scale: Share = 0.0  # the learning rate decays to this share of its peak
+    b1: Decay = 0.9
+    b2: Decay = 0.999
     eps: Positive = 1e-8
     eps_form: Literal["torch", "tf"] = "torch"  # where eps is added
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive | None = 1.0  # of all gradients of a network; None does not clip
+
+
+def check_warmup(name: str, optimizer: OptimizerConfig, num_updates: int) -> None:
+    """Raises ValueError where a run of `num_updates` ends before its warm-up.
+
+    `name` is the field of the configuration that holds the optimizer.
+    """
+    if optimizer.warmup_steps > num_updates:
+        raise ValueError(
+            f"{name}.warmup_steps={optimizer.warmup_steps} is longer than the run of {num_updates} "
+            "updates, which would never reach its learning rate; shorten the warm-up"
+        )
 
 
 class TrainState(NamedTuple):
