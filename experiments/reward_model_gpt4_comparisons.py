@@ -122,6 +122,7 @@ def sides(english: list, chinese: list, share: float) -> dict[str, list[list]]:
 def run(config: Config, context: Context) -> dict:
     """Trains both reward models, measures each on every test and returns the summary."""
     tokenizer = preferences.open_tokenizer(config.start, context)
+    preferences.check(config, context)
     folder = context.data / "preference"
     sizes = (tokenizer, config.max_prompt, config.max_response)
 

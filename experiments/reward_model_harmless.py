@@ -40,6 +40,7 @@ config = preferences.Config()
 def run(config: preferences.Config, context: Context) -> dict:
     """Trains the reward model, measures it and returns the summary."""
     tokenizer = preferences.open_tokenizer(config.start, context)
+    preferences.check(config, context)
     file = context.data / "preference" / "hh_harmless_base_test.jsonl.gz"
     rows, held_out = mixing.split(builders.load(file), config.held_out)
     sizes = (tokenizer, config.max_prompt, config.max_response)

@@ -78,6 +78,8 @@ def run(config: Config, context: Context) -> dict:
     """Trains the model, exports it and returns the summary."""
     start = str(huggingface.fetch(config.start)) if config.start else ""
     tokenizer = preferences.open_tokenizer(start, context)
+    shape = preferences.planned_shape(start, config.model, context)
+    pipeline.check(context, shape, config.max_prompt + config.max_response, sft=config.sft)
     sides = ([], [])
     for name in ("alpaca_zh_demo.json", "oasst_sft_zh.json"):
         parts = mixing.split(builders.load(context.data / "sft" / name), config.held_out)

@@ -8,6 +8,7 @@ rate depends on how many cores a process may use, so that it is measured.
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -65,6 +66,18 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
         return _rate_of_this_cpu() * len({device.process_index for device in devices})
     chip = find(devices[0].device_kind)
     return None if chip is None else chip.flops * len(devices)
+
+
+def memory(devices: Sequence[jax.Device]) -> float | None:
+    """Bytes of the memory of all the devices together; None if it is not known.
+
+    The virtual devices of a process on a CPU share the memory of its host.
+    """
+    if devices[0].platform == "cpu":
+        host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return float(host) * len({device.process_index for device in devices})
+    chip = find(devices[0].device_kind)
+    return None if chip is None else chip.hbm * len(devices)
 
 
 @functools.cache

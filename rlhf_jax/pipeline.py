@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlhf_jax import evaluation, lock, processes, sharding
+from rlhf_jax import evaluation, lock, processes, sharding, sizes
 from rlhf_jax import online as online_algorithms
 from rlhf_jax.config import Config, fold_seed
 from rlhf_jax.data import batches, mixing, tokenizers
@@ -57,10 +57,15 @@ def check(
 ) -> None:
     """Raises ValueError, before anything is trained, for sizes that cannot work in a later stage.
 
+    Sizes that the memory could never hold are among them (`sizes`).
+
     `shape` is the policy's, `longest` the longest prompt and response together, in tokens; `stages`
     are the configurations of the stages by name.
     """
     check_sizes(context.mesh, shape, longest, **stages)
+    sizes.check_model(shape, context.mesh)
+    for stage, config in stages.items():
+        sizes.check_stage(stage, config, shape, longest, context.mesh)
 
 
 def check_sizes(
@@ -69,7 +74,7 @@ def check_sizes(
     longest: int,
     **stages: loop.Config | online_algorithms.Config,
 ) -> None:
-    """`check` for a mesh alone, such as one that is only planned for."""
+    """`check` for a mesh that is only planned for, whose memory the plan itself tells of."""
     for stage, config in stages.items():
         counts = {f"{stage}.{name}": count for name, count in config.row_counts().items()}
         sharding.check_rows(mesh, **counts)
@@ -77,7 +82,11 @@ def check_sizes(
 
 
 def new_model(shape: transformer.Config, context: Context, seed: int) -> Model:
-    """A model to be trained from scratch, sharded from the beginning."""
+    """A model to be trained from scratch, sharded from the beginning.
+
+    Raises ValueError for one that the memory could never hold.
+    """
+    sizes.check_model(shape, context.mesh, sizes.TRAINED)
     key, shape = jax.random.key(seed), context.compute.of(shape)
     return sharding.initialise(context.mesh, transformer.init, shape, key, static_argnums=0)
 

@@ -28,6 +28,7 @@ LAYERS = {
     "distributed.py": 5,
     "algorithms": 4,
     "online.py": 3.5,
+    "sizes.py": 3.5,
     "online_config.py": 3.45,
     "on_policy.py": 3.4,
     "rewards": 3,

@@ -41,12 +41,13 @@ def attach(model: Model, config: Config, key: Array) -> Model:
     A is uniform in +-1 / sqrt(in), as peft draws it, and B is 0. The base's arrays are shared with
     the model given, not copied. Without named `targets` every kernel of the layers gets an adapter
     (peft's "all-linear"); the heads never do.
-    Raises ValueError for a target that the model does not have, and for a model that has an adapter
-    already.
+    Raises ValueError for a target that the model does not have, for a rank above that of every
+    kernel, and for a model that has an adapter already.
     """
     if has_adapter(model):
         raise ValueError("the model has an adapter already; merge it first, or train that one")
     paths = _target_paths(model, config.targets)
+    _check_rank(model, config, paths)
     weights = model.weights
     for number, path in enumerate(paths, start=1):
         weights = _add_adapter(weights, path, config, jax.random.fold_in(key, number))
@@ -90,6 +91,21 @@ def _target_paths(model: Model, targets: tuple[str, ...]) -> list[tuple[str, ...
     if missing:
         raise ValueError(f"targets={missing}: the model has no kernels of these names")
     return [path for path in modules if not targets or path[-1] in targets]
+
+
+def _check_rank(model: Model, config: Config, paths: list[tuple[str, ...]]) -> None:
+    def full_rank(path: tuple[str, ...]) -> int:
+        node = model.weights
+        for name in path:
+            node = node[name]
+        return min(node["kernel"].shape)
+
+    highest = max(map(full_rank, paths), default=0)
+    if config.rank > highest:
+        raise ValueError(
+            f"rank={config.rank} is above {highest}, the highest rank that a kernel of the model "
+            "has; an adapter is of a lower one, such as 8"
+        )
 
 
 def _add_adapter(node: dict, path: tuple[str, ...], config: Config, key: Array) -> dict:

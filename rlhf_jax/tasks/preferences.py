@@ -72,6 +72,13 @@ def open_tokenizer(start: str, context: Context) -> tokenizers.Tokenizer:
     return tokenizers.from_folder(context.data / "tokenizers" / "minimind")
 
 
+def check(config: Config, context: Context) -> None:
+    """Raises ValueError for sizes that cannot work in a later stage."""
+    shape = planned_shape(config.start, config.model, context)
+    stages = {"sft": config.sft, "reward_model": config.reward_model}
+    pipeline.check(context, shape, config.max_prompt + config.max_response, **stages)
+
+
 def starting_model(config: Config, context: Context, tokenizer, rows: list, held_out: list):
     """The language model that reward models start from, and its figures.
 
