@@ -38,6 +38,8 @@ class Range(NamedTuple):
         return bool(above and value <= self.high)
 
     def __str__(self) -> str:
+        if self == Range():
+            return ""
         if self.high < math.inf:
             return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
         return f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
@@ -47,11 +49,13 @@ class Traced(NamedTuple):
     """Marks a field of whole numbers that is an argument of compiled programs, not a part."""
 
 
+MAX_INT = 2**31 - 1  # of all whole numbers, which programs hold in 32 bits
+
 # What fields of a Config may be declared as, so that the Config checks them itself.
 Count = Annotated[int, Range(1)]  # 1, 2, ...
 Whole = Annotated[int, Range(0)]  # 0, 1, 2, ...
-# Of a stage: another seed is no other program. (The seed of a run may be larger: `fold_seed`.)
-Seed = Annotated[int, Range(0, 2**31 - 1), Traced()]
+# Of a stage: another seed is no other program.
+Seed = Annotated[int, Range(0), Traced()]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
@@ -154,14 +158,23 @@ def _broken_rule(value: Any, option) -> str | None:
             for choice in choices
         )
         return None if is_choice else f"one of {', '.join(map(repr, choices))}"
+    if option is bool:
+        return None if isinstance(value, bool) else "True or False"
     ranges = [x for x in getattr(option, "__metadata__", ()) if isinstance(x, Range)]
-    for allowed in ranges:
-        whole = not _is_traced(option) or _is_seed(option)
-        if whole and isinstance(value, bool | float | str | None):
-            return f"a whole number {allowed}"
-        if isinstance(value, numbers.Real) and value not in allowed:
-            return str(allowed)
-    return None
+    base = typing.get_args(option)[0] if ranges else option
+    if base not in (int, float):
+        return None
+    (allowed,) = ranges or [Range()]
+    kind = "a whole number" if base is int else "a number"
+    if isinstance(value, bool | str | None) or (base is int and isinstance(value, float)):
+        return f"{kind} {allowed}".rstrip()
+    if not isinstance(value, numbers.Real):  # an array or a tracer
+        return None
+    if value not in allowed:
+        return str(allowed) or "finite"
+    if base is int:
+        return None if abs(value) <= MAX_INT else f"at most {MAX_INT}"
+    return None if math.isfinite(value) else "finite"
 
 
 def _options(hint) -> tuple:

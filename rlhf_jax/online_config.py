@@ -37,6 +37,8 @@ class Config(checkpoint.Config):
     def check(self) -> None:
         """Raises ValueError for sizes that do not divide each other and for greedy sampling."""
         self.check_best(self.eval_every)
+        for name, optimizer in self.optimizers().items():
+            training.check_warmup(optimizer, self.num_updates, f"{name}_optimizer")
         responses, parts = self.num_responses, self.num_minibatches
         if responses % parts:
             raise ValueError(

@@ -102,6 +102,8 @@ class Checked(Config):
     every: Count | None = None
     target: Positive | None = None
     free: float = 0.0
+    plain: int = 0
+    flag: bool = False
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,10 @@ class Checked(Config):
         ("count", (1, 7, np.int64(3)), (0, -3), "at least 1"),
         ("count", (), (2.0, "8", None, True), "a whole number at least 1"),
         ("whole", (0, 5), (-1,), "at least 0"),
-        ("positive", (1e-9, 3, math.inf), (0, 0.0, -1.0, math.nan), "above 0"),
+        ("positive", (1e-9, 3), (0, 0.0, -1.0, math.nan), "above 0"),
+        ("positive", (), (math.inf,), "finite"),
+        ("positive", (), (True, "3", None), "a number above 0"),
+        ("count", (2**31 - 1,), (2**31, 2**70), "at most 2147483647"),
         ("non_negative", (0, 2.5), (-1e-9,), "at least 0"),
         ("share", (0, 0.3, 1), (-0.1, 1.1, math.nan), r"in \[0, 1\]"),
         ("top", (0.1, 1), (0, 1.5), r"in \(0, 1\]"),
@@ -124,7 +129,10 @@ class Checked(Config):
         ("several", ("auto", 4), ("no", 0), "one of 'auto' or .*at least 1"),
         ("every", (None, 4), (0,), "at least 1 or None"),
         ("target", (None, 0.1, 4), (0.0, -1), "above 0 or None"),
-        ("free", (-math.inf, math.nan, -7), (), ""),
+        ("free", (-7, 1e30), (math.inf, -math.inf, math.nan), "finite"),
+        ("free", (), (True, "3"), "a number"),
+        ("plain", (-7, 7), (1.5, True, "3"), "a whole number"),
+        ("flag", (True, False), (0, 1.0, None, "yes"), "True or False"),
     ],
 )
 def test_a_value_outside_its_range_or_choices_is_refused_by_field_value_and_rule(

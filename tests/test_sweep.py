@@ -199,7 +199,9 @@ def test_unchanged_stages_run_once_points_equal_single_runs_and_share_programs(t
         for file in sorted((tmp_path / "w" / "points").rglob("metrics.jsonl"))
     ]
     assert sorted(map(len, trained)) == [1, 1, 2, 2]  # with SFT only the first of each seed
-    single = launch(two_stages, Two(seed=1), [*common, str(tmp_path / "s"), "--ppo.kl-coef", "0.5"])
+    single = launch(
+        two_stages, TWO, [*common, str(tmp_path / "s"), "--seed", "1", "--ppo.kl-coef", "0.5"]
+    )
     for stage, figures in single.items():
         for name, value in figures.items():
             assert found["ppo.kl_coef=0.5"][f"{stage}.{name}"]["values"]["1"] == value

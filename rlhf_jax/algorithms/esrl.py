@@ -38,7 +38,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax import abstract, losses, on_policy, online
 from rlhf_jax.abstract import Stage
-from rlhf_jax.config import Count, Positive, Share
+from rlhf_jax.config import Count, NonNegative, Positive, Share
 from rlhf_jax.data import loader
 from rlhf_jax.data.records import Prompts
 from rlhf_jax.models import decoding, transformer
@@ -69,7 +69,7 @@ class Config(online.Config):
     # Responses of an iteration that are trained on, the least capable ones. None: all.
     train_responses: Count | None = None
     queue_size: Count = 1000  # rewards that a reward is compared with
-    kl_coef: float = 0.05  # reward subtracted per nat of KL
+    kl_coef: NonNegative = 0.05  # reward subtracted per nat of KL
     mle_share: Share = 0.0  # weight of the cross entropy of references; that of the rest is 1 - it
 
     def check(self) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax import abstract, losses, on_policy, online, preference_losses
 from rlhf_jax.abstract import Stage
-from rlhf_jax.config import Count, Positive
+from rlhf_jax.config import Count, NonNegative, Positive
 from rlhf_jax.sampling.rollout import Rollout
 from rlhf_jax.training import state as training
 from rlhf_jax.training.metrics import Display
@@ -39,7 +39,7 @@ class Config(online.Config):
     num_epochs: Count = 1
     policy_optimizer: training.OptimizerConfig = training.OptimizerConfig(learning_rate=1e-6)
     beta: Positive = 0.1  # reward per nat of log-ratio to the reference
-    missing_eos_penalty: float = 0.0  # subtracted from the score of a response without EOS
+    missing_eos_penalty: NonNegative = 0.0  # subtracted from the score of a response without EOS
 
     def check(self) -> None:
         """Raises ValueError for a single sample, and for sizes that do not divide each other."""

@@ -49,14 +49,14 @@ class CriticConfig(online.Config):
     discount: Share = 1.0
     gae_lambda: Share = 0.95
     value_coef: NonNegative = 0.1
-    kl_coef: float = 0.05  # reward subtracted per nat of KL
+    kl_coef: NonNegative = 0.05  # reward subtracted per nat of KL
     kl_target: Positive | None = None  # nats per response
     kl_horizon: Positive = 10000.0  # responses over which the coefficient is adapted
     score_at: Literal["last", "after_eos"] = "last"  # see advantages.shaped_rewards
     whiten_rewards: bool = False
     whiten_advantages: bool = True
     normalise_scores: bool = False  # by the running mean and standard deviation of all scores
-    missing_eos_penalty: float = 0.0  # subtracted from the score of a response without EOS
+    missing_eos_penalty: NonNegative = 0.0  # subtracted from the score of a response without EOS
     shared_critic: bool = False  # a scalar head on the policy's trunk, not a network of its own
 
     def optimizers(self) -> dict[str, training.OptimizerConfig]:

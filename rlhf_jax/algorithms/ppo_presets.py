@@ -62,7 +62,7 @@ class OpenRlhfConfig(ppo.Config):
     num_epochs: Count = 1
     gae_lambda: Share = 1.0
     value_clip_eps: NonNegative = 0.5
-    kl_coef: float = 0.01
+    kl_coef: NonNegative = 0.01
     score_bound: Positive = 10.0  # scores are clipped to +- this
     kl_bound: Positive = 10.0  # the KL of a token too, nats
 
@@ -73,7 +73,7 @@ class VerlConfig(ppo.Config):
     num_epochs: Count = 1
     gae_lambda: Share = 1.0
     value_clip_eps: NonNegative = 0.5
-    kl_coef: float = 0.0
+    kl_coef: NonNegative = 0.0
     dual_clip: Positive = 3.0  # bounds the loss of a negative advantage A by this times |A|
 
     def check(self) -> None:
@@ -88,7 +88,7 @@ class InstructGptConfig(ppo.Config):
 
     num_epochs: Count = 1
     num_minibatches: Count = 8
-    kl_coef: float = 0.02
+    kl_coef: NonNegative = 0.02
 
 
 def openrlhf_batch(config: OpenRlhfConfig, params: dict, memory: Any, rollout: Rollout):

@@ -47,7 +47,7 @@ class Config(online.Config):
 
     num_epochs: Count = 1
     samples_per_prompt: Count = 2
-    kl_coef: float = 0.05  # reward subtracted per nat of KL
+    kl_coef: NonNegative = 0.05  # reward subtracted per nat of KL
     clip_eps: NonNegative = 0.2  # of `clipped_loss`
     # Divides the log-probability of a response by its length. The gradient is then no longer that
     # of the expected reward: it gives the tokens of short responses more weight.

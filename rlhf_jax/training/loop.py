@@ -40,6 +40,7 @@ class Config(checkpoint.Config):
     def check(self) -> None:
         """Raises ValueError for a batch that does not divide, or a metric that is never there."""
         self.check_best(self.eval_every)
+        training.check_warmup(self.optimizer, self.num_steps, "optimizer")
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of micro_batches="

@@ -41,6 +41,15 @@ class OptimizerConfig(config.Config):
     max_grad_norm: Positive | None = 1.0  # of all gradients of a network; None does not clip
 
 
+def check_warmup(optimizer: OptimizerConfig, num_updates: int, name: str) -> None:
+    """Raises ValueError for a warm-up that ends after the run; `name` is of the optimizer."""
+    if optimizer.warmup_steps > num_updates:
+        raise ValueError(
+            f"{name}.warmup_steps={optimizer.warmup_steps} is longer than the run of {num_updates} "
+            "updates, which would never reach its learning rate"
+        )
+
+
 class TrainState(NamedTuple):
     """What a step changes: the trained part of the models and the optimizer's state.
 
