@@ -260,9 +260,9 @@ def test_the_experiment_runs_at_toy_size_and_lists_what_it_runs(
         prompts=20,
         prompts_eval=8,
         model=dataclasses.replace(config.model, num_layers=1, d_model=32, head_dim=8, d_ff=64),
-        sft=dataclasses.replace(config.sft, num_steps=2, batch_size=8),
+        sft=tiny.short(config.sft, num_steps=2, batch_size=8),
         algorithm="rloo",
-        rloo=dataclasses.replace(
+        rloo=tiny.short(
             config.rloo,
             num_iterations=2,
             batch_size=4,
@@ -294,10 +294,10 @@ def test_action_values_are_learned_from_answers_of_the_warm_start(experiment, tm
         demonstrations=200,
         prompts=64,
         prompts_eval=8,
-        sft=dataclasses.replace(config.sft, num_steps=5),  # so that it writes letters
-        grpo=dataclasses.replace(config.grpo, batch_size=8),
+        sft=tiny.short(config.sft, num_steps=5),  # so that it writes letters
+        grpo=tiny.short(config.grpo, batch_size=8),
         algorithm="ilql",
-        ilql=dataclasses.replace(config.ilql, num_steps=2, batch_size=8, prompts=50),
+        ilql=tiny.short(config.ilql, num_steps=2, batch_size=8, prompts=50),
     )
     arguments = ["--workdir", str(tmp_path / "run"), *ONE_DEVICE]
     summary = launch.launch(program.run, config, arguments)

@@ -28,8 +28,8 @@ def small(config, iterations=2, online=("ppo",), **changes):
     return dataclasses.replace(
         config,
         model=shape,
-        sft=dataclasses.replace(config.sft, num_steps=4, batch_size=8, save_every=2),
-        reward_model=dataclasses.replace(config.reward_model, num_steps=4, batch_size=4),
+        sft=tiny.short(config.sft, num_steps=4, batch_size=8, save_every=2),
+        reward_model=tiny.short(config.reward_model, num_steps=4, batch_size=4),
         **{name: dataclasses.replace(vars(config)[name], **sizes) for name in online},
         best_of=2,
         **changes,
@@ -140,8 +140,8 @@ def test_a_batch_that_the_mesh_does_not_divide_is_one_line_and_leaves_nothing(
     config = small(quickstart.config)
     config = dataclasses.replace(
         config,
-        sft=dataclasses.replace(config.sft, batch_size=12),
-        reward_model=dataclasses.replace(config.reward_model, batch_size=8),
+        sft=tiny.short(config.sft, batch_size=12),
+        reward_model=tiny.short(config.reward_model, batch_size=8),
     )
     arguments = ["--workdir", str(tmp_path / "run"), "--mesh", "data=8,fsdp=1,tensor=1"]
     with pytest.raises(SystemExit) as stopped:
@@ -195,8 +195,8 @@ def test_stories_run_on_real_input_at_toy_size(experiment, tmp_path, real_data):
         (folder / name).symlink_to(real_data / name)
     config = dataclasses.replace(
         stories.config,
-        reward_model=dataclasses.replace(stories.config.reward_model, num_steps=2, batch_size=8),
-        ppo=dataclasses.replace(
+        reward_model=tiny.short(stories.config.reward_model, num_steps=2, batch_size=8),
+        ppo=tiny.short(
             stories.config.ppo, num_iterations=2, batch_size=16, num_epochs=1, save_every=1
         ),
         best_of=2,

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 
 from rlhf_jax import launch
 
@@ -48,13 +49,13 @@ def small(config, **changes):
     return dataclasses.replace(
         config,
         model=shape,
-        sft=dataclasses.replace(config.sft, num_steps=2, batch_size=4),
+        sft=tiny.short(config.sft, num_steps=2, batch_size=4),
         **changes,
     )
 
 
 def small_preferences(config, **changes):
-    scorer = dataclasses.replace(config.reward_model, num_steps=2, batch_size=8)
+    scorer = tiny.short(config.reward_model, num_steps=2, batch_size=8)
     return small(config, reward_model=scorer, **changes)
 
 

@@ -89,9 +89,9 @@ def toy(program, iterations, **changes):
     config = program.config
     return dataclasses.replace(
         config,
-        sft=dataclasses.replace(config.sft, num_steps=2, batch_size=8),
-        reward_model=dataclasses.replace(config.reward_model, num_steps=2, batch_size=8),
-        ppo=dataclasses.replace(
+        sft=tiny.short(config.sft, num_steps=2, batch_size=8),
+        reward_model=tiny.short(config.reward_model, num_steps=2, batch_size=8),
+        ppo=tiny.short(
             config.ppo,
             num_iterations=iterations,
             batch_size=16,

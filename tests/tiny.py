@@ -1,5 +1,7 @@
 """A tiny text task that the tests of whole runs share: bytes, one layer, eight tokens."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,16 @@ PPO = ppo.Config(
     critic_optimizer=ADAM,
     save_every=1,
 )
+
+
+def short(config, **changes):
+    """A configuration of a stage with changes, and no warm-ups: they would outlast a few steps."""
+    optimizers = {
+        name: dataclasses.replace(value, warmup_steps=0)
+        for name, value in vars(config).items()
+        if isinstance(value, OptimizerConfig)
+    }
+    return dataclasses.replace(config, **{**optimizers, **changes})
 
 
 def mesh(name="1x1x1"):
