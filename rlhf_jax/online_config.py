@@ -7,11 +7,10 @@ import jax
 from rlhf_jax import on_policy, sharding
 from rlhf_jax.config import Count, Positive, Seed, Share, Whole
 from rlhf_jax.sampling.settings import Sampling
-from rlhf_jax.training import checkpoint
 from rlhf_jax.training import state as training
 
 
-class Config(checkpoint.Config):
+class Config(training.StageConfig):
     """Settings of every online run."""
 
     num_iterations: Count = 100

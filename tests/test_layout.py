@@ -112,6 +112,7 @@ SHIFTS = {
     ("advantages.py", "extend_after_eos"),
     ("advantages.py", "of_next"),
     ("models/transformer.py", "positions"),
+    ("sampling/rollout.py", "distinct_bigrams"),  # of what was written, not of what a model says
     ("models/rope.py", "rotate"),  # along the features
 }
 

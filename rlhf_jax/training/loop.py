@@ -20,14 +20,13 @@ from rlhf_jax import sharding
 from rlhf_jax.config import Count, Whole
 from rlhf_jax.models import flops, partition, stacking
 from rlhf_jax.stopping import Stop
-from rlhf_jax.training import checkpoint
 from rlhf_jax.training import state as training
 from rlhf_jax.training.checkpoint import Checkpoints, Clock
 from rlhf_jax.training.metrics import Display, Log
 from rlhf_jax.training.state import TrainState
 
 
-class Config(checkpoint.Config):
+class Config(training.StageConfig):
     """Settings of every supervised run."""
 
     num_steps: Count = 500
@@ -178,7 +177,8 @@ def update(loss_fn: Callable, config: Config, state: TrainState, frozen: dict, b
     optimizer = training.make_optimizer(config.optimizer, config.num_steps)
     rate = training.schedule(config.optimizer, config.num_steps)(state.step)
     loss_of = functools.partial(loss_fn, config)
-    state, metrics = training.gradient_step(loss_of, optimizer, state, frozen, batch)
+    skip = config.on_bad_update == "skip"
+    state, metrics = training.gradient_step(loss_of, optimizer, state, frozen, batch, skip=skip)
     return state, {**metrics, "lr": rate}
 
 
