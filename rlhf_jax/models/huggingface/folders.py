@@ -43,7 +43,7 @@ def load(
 
     Raises ValueError, naming file and tensor, for a folder that holds no model, an architecture or
     setting that is not supported, pickled weights, a damaged file, and a tensor that is missing,
-    unknown, of another shape, or of a type other than float32, bfloat16 and float16.
+    unknown, of another shape, of a type other than float32, bfloat16 and float16, or not finite.
     """
     if store not in ("float32", "bfloat16"):
         raise ValueError(f"store={store!r}: parameters are kept in 'float32' or 'bfloat16'")
@@ -70,11 +70,11 @@ def load(
         for name, paths in groups.items():
             where = {path: shardings[path] for path in paths}
             if mesh and len(paths) == 1:
-                arrays |= _read_slices(stored[name], family, where, store)
+                arrays |= _read_slices(name, stored[name], family, where, store)
             else:
                 widths = [leaves[path].shape[-1] for path in paths]
                 split = functools.partial(families.split, family, paths, widths, config.num_heads)
-                arrays |= _read(stored[name], split, where, store)
+                arrays |= _read(name, stored[name], split, where, store)
     if classifier:
         arrays["score/bias"] = _put(np.zeros((1,), store), shardings["score/bias"])
 
@@ -151,7 +151,7 @@ def _check_tied(stored, family):
         )
 
 
-def _read_slices(stored, family, shardings, store):
+def _read_slices(name, stored, family, shardings, store):
     """The one array, by its path, that a stored tensor holds; only this process's slices are read.
 
     (A tensor that joins several arrays is read whole, by `_read`.)
@@ -165,6 +165,7 @@ def _read_slices(stored, family, shardings, store):
         bounds = tuple(part.indices(size) for part, size in zip(stored_index, shape))
         if bounds not in read:  # devices may hold the same slice
             part = stored.handle[stored_index].astype(store, copy=False)
+            files.check_finite(stored.file, name, part)
             read[bounds] = part.T if transposed else part
         return read[bounds]
 
@@ -172,12 +173,14 @@ def _read_slices(stored, family, shardings, store):
     return {path: jax.make_array_from_callback(shape_here, where, piece)}
 
 
-def _read(stored, split, shardings, store):
+def _read(name, stored, split, shardings, store):
     """The model's arrays, by path, that one stored tensor holds.
 
     A function of its own, so that the host's copy of the tensor is freed before the next is read.
     """
-    parts = split(stored.handle[:].astype(store, copy=False))
+    whole = stored.handle[:].astype(store, copy=False)
+    files.check_finite(stored.file, name, whole)
+    parts = split(whole)
     return {path: _put(part, where) for part, (path, where) in zip(parts, shardings.items())}
 
 
@@ -248,8 +251,8 @@ def _copy_generation_config(like, folder):
     """The generation settings of the model this one came from, where `folder` does not say them."""
     before, here = (x / "generation_config.json" for x in (like, folder))
     if before.is_file():
-        own = files.read_json(here) if here.exists() else {}
-        files.write_json(here, files.read_json(before) | own)
+        own = storage.read_json(here) if here.exists() else {}
+        files.write_json(here, storage.read_json(before) | own)
 
 
 def choose_head(
