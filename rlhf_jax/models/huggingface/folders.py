@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhf_jax import processes, sharding, storage
 from rlhf_jax.models import lora, transformer
-from rlhf_jax.models.huggingface import configurations, families, files
+from rlhf_jax.models.huggingface import configurations, families, files, towers
 
 READ_DTYPES = ("F32", "BF16", "F16")  # as safetensors calls the types that float32 can hold
 WRITTEN_DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
@@ -41,6 +41,9 @@ def load(
     transformers scores the last token that is not `pad_token_id`, `heads.sequence_scores` the last
     one where `attend` is 1; where EOS is also the padding, these are different tokens.
 
+    Of a model of text and images or sound (Gemma 3, LLaVA and others, see `towers`) the language
+    model is read, and `save` writes it as one.
+
     Raises ValueError, naming file and tensor, for a folder that holds no model, an architecture or
     setting that is not supported, pickled weights, a damaged file, and a tensor that is missing,
     unknown, of another shape, of a type other than float32, bfloat16 and float16, or not finite.
@@ -49,20 +52,14 @@ def load(
         raise ValueError(f"store={store!r}: parameters are kept in 'float32' or 'bfloat16'")
     folder = pathlib.Path(folder)
     config, fields = shape(folder, dtype), files.read_config(folder)
-    family, classifier = configurations.family_of(fields)
-
-    def init(key):
-        model = transformer.init(config, key)
-        if classifier:
-            model = transformer.with_score_head(transformer.without_lm_head(model), None)
-        return model.weights
-
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    text = configurations.text_fields(fields)
+    family, classifier = configurations.family_of(text)
+    shapes = jax.eval_shape(functools.partial(_weights, config, classifier), jax.random.key(0))
     leaves = _by_path(shapes)
     shardings = _by_path(sharding.tree(mesh, shapes)) if mesh else dict.fromkeys(leaves)
     arrays = {}
     with contextlib.ExitStack() as stack:
-        stored = _named_as(family, files.open_folder(folder, stack))
+        stored = _named_as(family, files.open_folder(folder, stack), text is not fields)
         groups = families.groups(family, list(leaves))
         _check(folder, stored, family, groups, leaves)
         if config.tied and not classifier:
@@ -99,12 +96,21 @@ def _by_path(tree):
     return {sharding.path_name(path): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
-def _named_as(family, stored):
-    """The stored tensors under the names that the whole model has in transformers 4.
+def _weights(config, classifier, key):
+    """Random weights of the model that is read."""
+    model = transformer.init(config, key)
+    if classifier:
+        model = transformer.with_score_head(transformer.without_lm_head(model), None)
+    return model.weights
+
+
+def _named_as(family, stored, is_tower):
+    """The stored tensors, or those of a tower, under the names that transformers 4 has for them.
 
     Some files hold a model without its head and leave out the prefix of its names; transformers 5
     calls the head of every family lm_head.
     """
+    stored = towers.tensors_of(stored) if is_tower else stored
     prefix = family.modules["embed"].split(".")[0] + "."
     if not any(name.startswith(prefix) for name in stored):
         heads = tuple(family.modules[x] for x in ("head", "score"))
@@ -286,6 +292,7 @@ def _export_fields(model, like, classifier, extra):
         record |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     else:
         record = like if isinstance(like, dict) else files.read_config(pathlib.Path(like))
+        record = configurations.text_fields(record, "like")
         described = configurations.config_from(record, "like")
         if described != transformer.as_stored(model.config):
             this = dataclasses.asdict(transformer.as_stored(model.config))
