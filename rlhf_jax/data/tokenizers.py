@@ -9,6 +9,7 @@ other text its ids are the same.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -85,8 +86,15 @@ class Tokenizer:
         return dataclasses.replace(self, backend=backend, settings=settings)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; nothing is prepended or appended."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Ids of `text`; nothing is prepended or appended.
+
+        Raises ValueError for a text with half a surrogate pair, which Python allows and UTF-8 not.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError:  # which does not say what is wrong
+            text.encode()  # raises the error of UTF-8, a ValueError
+            raise
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids`, without special tokens and ids past the vocabulary.
@@ -228,7 +236,8 @@ def from_folder(path: str | os.PathLike, pad_id: int | None = None) -> Tokenizer
         if type(named[1]) not in (int, type(None)):
             raise ValueError(f"{folder}: pad_token_id={repr(named[1])[:60]} must be an id or null")
         # Some configurations spell "none" as -1.
-        pad_id = next((i for i in named if i in range(size) and i not in eos_ids), None)
+        usable = [i for i in named if i is not None and 0 <= i < size and i not in eos_ids]
+        pad_id = usable[0] if usable else None
     if pad_id is None:
         unknown = _token_id(backend, settings, "unk_token", folder)
         pad_id = _filler(unknown, {*eos_ids, bos}, size)
@@ -316,7 +325,9 @@ def _backend(folder: pathlib.Path) -> tokenizers.Tokenizer:
 
     remedy = "restore tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
     try:
-        backend = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        backend = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
     except (ValueError, OSError, TypeError, ImportError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{folder}: no tokenizer can be made of it ({why}); {remedy}") from None
@@ -381,7 +392,7 @@ def _check_pad(folder: pathlib.Path, pad_id: int, eos_ids: tuple[int, ...], size
 
 def _filler(unknown: int | None, special: set[int | None], size: int) -> int:
     """The unknown token, or the lowest id, that is not one of the special ones."""
-    candidates = ([] if unknown is None else [unknown]) + list(range(size))
+    candidates = itertools.chain(() if unknown is None else (unknown,), range(size))
     return next(i for i in candidates if i not in special)
 
 
