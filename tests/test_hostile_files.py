@@ -91,7 +91,10 @@ def test_the_tools_refuse_a_pipe_and_half_a_surrogate_pair(tmp_path, capsys):
     pipe, half = tmp_path / "pipe.jsonl", tmp_path / "half.jsonl"
     os.mkfifo(pipe)
     half.write_text('{"prompt": "\\ud800", "responses": ["a", "b"]}\n')
-    for file, what in ((pipe, "no such file"), (half, "half.jsonl:1: a text holds half a surro")):
+    for file, what in (
+        (pipe, "a pipe or a device"),
+        (half, "half.jsonl:1: a text holds half a surro"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             label.main([str(file), "--output", str(tmp_path / "page.html")])
         assert stopped.value.code == 2 and what in capsys.readouterr().err
@@ -150,6 +153,16 @@ def test_a_line_of_just_the_limit_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(builders, "MAX_LINE", len(row) - 1)
     with refused("rows.jsonl:1: the line has more than"):
         list(builders._rows_of(tmp_path / "rows.jsonl", "error"))
+
+
+def test_a_file_of_blank_lines_ends_before_it_has_been_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(builders, "MAX_BLANK", 1000)
+    row = b'{"prompt": "a"}\n'
+    (tmp_path / "rows.jsonl").write_bytes(row + b"\n" * 1000 + row + b" \n" * 1000 + row)
+    assert len(list(builders._rows_of(tmp_path / "rows.jsonl", "error"))) == 3
+    (tmp_path / "rows.jsonl").write_bytes(row + b"\n" * 1001 + row)
+    with refused("rows.jsonl:1002: more than 1,000 blank lines in a row"):
+        list(builders._rows_of(tmp_path / "rows.jsonl", "drop"))
 
 
 def test_nul_is_a_character_and_half_a_surrogate_pair_is_none():

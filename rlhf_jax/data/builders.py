@@ -33,6 +33,7 @@ _CHUNK = 256
 # What a file may hold, decompressed: a small .gz can hold more than any memory. The rows of a line
 # take about eight times its bytes while they are read.
 MAX_LINE = 64 * 2**20  # bytes of a line of a .jsonl file
+MAX_BLANK = 1_000_000  # lines without a row, one after another
 MAX_ARRAY = 512 * 2**20  # bytes of a .json file, which is parsed as a whole
 _REPEATED = "\0repeated"  # a field that marks an object in which some field is given twice
 
@@ -269,7 +270,14 @@ def _decoded(line: bytes) -> str:
 
 
 def _json_lines(path: storage.Path, on_bad_row: str) -> Iterator[_Line]:
+    blank = 0
     for number, line in enumerate(_raw_lines(path, MAX_LINE), 1):
+        blank = 0 if line.strip() else blank + 1
+        if blank > MAX_BLANK:
+            raise ValueError(
+                f"{path.name}:{number}: more than {MAX_BLANK:,} blank lines in a row; write the "
+                "file again without them"
+            )
         try:
             row = _row(line)
         except BadRow as error:

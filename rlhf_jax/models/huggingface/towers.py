@@ -60,7 +60,7 @@ _SHARED = (
 T = TypeVar("T")
 
 
-def fields_of(fields: dict[str, Any], file: str) -> tuple[str, dict[str, Any]] | None:
+def fields_of(fields: dict[str, Any], file: str) -> tuple[Any, dict[str, Any]] | None:
     """(family, fields) of the tower that a parsed `config.json` describes; None where it has none.
 
     The fields are those of the tower's own `config.json`, but for `architectures`. Raises

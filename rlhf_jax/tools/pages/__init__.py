@@ -47,6 +47,7 @@ def read(source: pathlib.Path, fields: Sequence[str] = ("before", "after")) -> l
     """
     if source.is_dir():
         source = source / "samples.jsonl"
+    storage.check_file(source)
     if not source.is_file():
         raise ValueError(f"{source}: no such file; name a file of answers or a run's folder")
     joined: dict[str, Answers] = {}
