@@ -272,7 +272,7 @@ def _decoded(line: bytes) -> str:
 def _json_lines(path: storage.Path, on_bad_row: str) -> Iterator[_Line]:
     blank = 0
     for number, line in enumerate(_raw_lines(path, MAX_LINE), 1):
-        blank = 0 if line.strip() else blank + 1
+        blank = blank + 1 if line.isspace() else 0
         if blank > MAX_BLANK:
             raise ValueError(
                 f"{path.name}:{number}: more than {MAX_BLANK:,} blank lines in a row; write the "
