@@ -10,8 +10,8 @@ from test_families import forward
 from test_huggingface import FIELDS, FOUR, refused, write
 
 from rlhf_jax.data.tokenizers import byte_tokenizer, from_folder
-from rlhf_jax.models import huggingface, lora
-from rlhf_jax.models.huggingface import configurations, towers
+from rlhf_jax.models import huggingface
+from rlhf_jax.models.huggingface import configurations, files, towers
 
 # save_pretrained reads config.json back without closing it (transformers 5.23).
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -24,7 +24,6 @@ IMAGES = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_atte
 CASES = {
     "Gemma3": {"sliding_window": 3},
     "Llava": {},
-    "LlavaOnevision": {},
     "Mistral3": {"sliding_window": 4},
 }
 
@@ -165,14 +164,15 @@ def test_a_wrapper_whose_tower_is_not_built_is_refused_by_field(fields, parts):
 
 def test_an_adapter_of_a_wrapper_is_refused_with_the_remedy(tmp_path):
     """peft would look for it under the names of the whole model."""
-    import jax
-
-    plain = write(tmp_path / "plain")
-    adapted = lora.attach(huggingface.load(plain), lora.Config(rank=2), jax.random.key(0))
     text = {k: v for k, v in (FIELDS | FOUR).items() if k != "architectures"}
     whole = write(tmp_path / "whole", WRAPPED | {"text_config": text})
-    with refused("LlavaForConditionalGeneration", "without an adapter"):
-        huggingface.save_adapter(tmp_path / "adapter", adapted, like=whole)
+    model = huggingface.load(write(tmp_path / "plain"))
+    (tmp_path / "adapter").mkdir()
+    for name in files.ADAPTER_FILES:
+        (tmp_path / "adapter" / name).write_text("{}")
+    for use in (huggingface.save_adapter, huggingface.load_adapter):
+        with refused("LlavaForConditionalGeneration", "without an adapter"):
+            use(tmp_path / "adapter", model, like=whole)
 
 
 def test_the_eos_of_a_text_tower_ends_its_texts(tmp_path):
