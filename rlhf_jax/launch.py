@@ -90,7 +90,7 @@ def launch(
         _fail(Exit.BAD_INPUT, f"error: {_one_line(error, hint='')}", debug=False)
     try:
         return _plan(run, programs, flags) if flags.plan else _launch(run, flags)
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         _fail(Exit.BAD_INPUT, f"error: {_one_line(error)}", flags.debug)
     except TrainingStopped as error:
         kept = "the workdir is kept, the last checkpoint in it is intact"

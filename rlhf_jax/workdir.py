@@ -296,6 +296,7 @@ def _fingerprints(config: Config, folder: Path, prefix: str = "") -> dict[str, s
             found |= _fingerprints(value, folder, f"{prefix}{field.name}.")
         elif hints[field.name] is Source and value:
             path = pathlib.Path(os.path.expanduser(formats.located(value)[0]))
+            storage.check_file(path)
             if path.exists():
                 found[f"{prefix}{field.name}"] = _fingerprint(path, folder)
     return found

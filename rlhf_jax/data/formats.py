@@ -9,12 +9,12 @@ Whether an example is worth training on is not decided here but in `batches`.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from rlhf_jax import storage
 from rlhf_jax.data import known_formats, schema
 from rlhf_jax.data.known_formats import (
     COMPARISON,
@@ -233,17 +233,19 @@ def dataset_info(path: str | os.PathLike, name: str) -> tuple[pathlib.Path, Read
     here: tools, images and the like, a part of the file, another formatting.
     """
     path = pathlib.Path(path)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable dataset_info.json ({error})") from None
-    if not isinstance(entries, dict) or not all(isinstance(x, dict) for x in entries.values()):
+    entries = storage.read_json(path)
+    if not all(isinstance(x, dict) for x in entries.values()):
         raise ValueError(f"{path}: not LLaMA-Factory's; it holds an object of objects")
     if name not in entries:
         raise ValueError(f"{path}: no dataset {name!r}; it has {', '.join(sorted(entries))}")
     entry = entries[name]
     if not isinstance(entry.get("file_name"), str):
         raise ValueError(f"{path}: {name!r} has no 'file_name'; download its file and name it")
+    if not storage.names_inside(entry["file_name"]):
+        raise ValueError(
+            f"{path}: {name!r} names the file {entry['file_name']!r:.60}, which is outside this "
+            "folder; name that file itself in place of the entry, or move it here"
+        )
     columns, tags = (entry.get(x) or {} for x in ("columns", "tags"))
     if not isinstance(columns, dict) or not isinstance(tags, dict):
         raise ValueError(f"{path}: 'columns' and 'tags' of {name!r} must be objects")

@@ -396,8 +396,8 @@ def read_lines(path: Path) -> list[dict]:
 def read_object(path: Path, remedy: str) -> dict:
     """The JSON object in a file. Raises ValueError, ending in `remedy`, where it holds none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, not an object; {remedy}")
