@@ -14,7 +14,7 @@ import contextlib
 import errno
 import json
 import os
-import socket
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -128,7 +128,7 @@ def _wait_for_other_host(file: _File) -> None:
     """Raises ValueError if a process that the operating system does not know of is alive."""
     before = file.read()
     holder = _parsed(before)
-    known = not storage.in_bucket(file.path) and holder and holder["host"] == socket.gethostname()
+    known = not storage.in_bucket(file.path) and holder and holder["host"] == platform.node()
     if holder is None or known:
         return
     time.sleep(PATIENCE)
@@ -147,7 +147,7 @@ def _beat(file: _File, ended: threading.Event) -> None:
 
 
 def _holder(beat: int) -> str:
-    who = {"host": socket.gethostname(), "process": os.getpid()}
+    who = {"host": platform.node(), "process": os.getpid()}
     return json.dumps(who | {"since": _SINCE, "beat": beat}) + "\n"
 
 

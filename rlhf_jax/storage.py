@@ -99,6 +99,11 @@ def remove(folder: Path) -> None:
         folder.rmtree() if in_bucket(folder) else shutil.rmtree(folder)
 
 
+def free(folder: Path) -> int:
+    """Bytes that may still be written to the disk of a folder."""
+    return shutil.disk_usage(folder).free
+
+
 class Lines:
     """A text file that grows by lines.
 

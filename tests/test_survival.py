@@ -193,6 +193,11 @@ def test_a_disk_that_is_full_is_said_in_one_line(tmp_path, monkeypatch):
             with pytest.raises(OSError, match=said) as error:
                 checkpoints.save(2, tree(2))
         assert error.value.filename is None and "\n" not in str(error.value)
+        monkeypatch.setattr(checkpoint.storage, "free", lambda folder: 2**10)
+        said = "cannot be written .No space left: it takes 0.0 MiB, 0.0 are free.; the newest"
+        with pytest.raises(OSError, match=said):
+            checkpoints.save(2, tree(2))
+        assert checkpoints.steps() == [1]
 
 
 # ------------------------------------------------------------------------------------ one at a time
