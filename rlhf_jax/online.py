@@ -388,6 +388,8 @@ def run(
         state = sharding.initialise(mesh, init_state, config, algorithm.memory, trained)
         del trained  # the state holds a copy
         programs = compile_programs(algorithm, drawing, score, mesh, state, frozen)
+        if runtime.together is not None:
+            programs = Programs(*(x and runtime.together.of(x) for x in programs))
         host_scores = reward and host.for_run(
             reward, tokenizer, prompts.examples, config.reward_timeout
         )

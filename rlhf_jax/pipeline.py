@@ -109,7 +109,7 @@ def runtime(
             say=context.log.print,
         )
         checkpoints = stack.enter_context(stored)
-        yield Runtime(context.mesh, context.log, checkpoints, stage, context.stop)
+        yield Runtime(context.mesh, context.log, checkpoints, stage, context.stop, context.together)
 
 
 def supervised(

@@ -47,6 +47,7 @@ LAYERS = {
     "storage.py": 0,
     "lock.py": 0,
     "stopping.py": 0,
+    "together.py": 0,
     "config.py": 0,
 }
 DISK = (

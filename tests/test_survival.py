@@ -233,6 +233,9 @@ def test_a_folder_that_a_live_process_uses_is_refused_and_free_once_it_is_killed
     assert (folder / ".lock").exists()
     with lock.held(folder):
         assert json.loads((folder / ".lock").read_text() or "{}")["process"] == os.getpid()
+        again = pytest.raises(ValueError, match="in use by another run of this process")
+        with again, lock.held(folder, print):
+            pass
     assert not (folder / ".lock").exists()
 
 

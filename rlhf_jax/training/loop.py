@@ -20,6 +20,7 @@ from rlhf_jax import sharding
 from rlhf_jax.config import Count, Whole
 from rlhf_jax.models import flops, partition, stacking
 from rlhf_jax.stopping import Stop
+from rlhf_jax.together import Member
 from rlhf_jax.training import state as training
 from rlhf_jax.training.checkpoint import Checkpoints, Clock
 from rlhf_jax.training.metrics import Display, Log
@@ -69,6 +70,7 @@ class Runtime:
     checkpoints: Checkpoints | None = None
     stage: str | None = None
     stop: Stop = dataclasses.field(default_factory=Stop)
+    together: Member | None = None  # of runs whose online stages are computed together
 
 
 class Outcome(NamedTuple):
