@@ -184,7 +184,9 @@ def two_stages(config, context):
     return {"sft": found, "ppo": {"kl": last["objective/kl"], "loss": last["loss"]}}
 
 
-def test_unchanged_stages_run_once_points_equal_single_runs_and_share_programs(tmp_path, caplog):
+def test_unchanged_stages_run_once_and_runs_equal_single_ones_also_together(
+    tmp_path, caplog, capsys
+):
     common = ["--mesh", "data=1,fsdp=1,tensor=1", "--workdir"]
     flags = ["--sweep", "ppo.kl_coef=0.01,0.5", "--seeds", "2"]
     with jax.log_compiles(), caplog.at_level("WARNING"):
@@ -206,19 +208,15 @@ def test_unchanged_stages_run_once_points_equal_single_runs_and_share_programs(t
         for name, value in figures.items():
             assert found["ppo.kl_coef=0.5"][f"{stage}.{name}"]["values"]["1"] == value
     assert (tmp_path / "w" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_runs_that_are_computed_together_equal_single_ones(tmp_path, capsys):
-    common = ["--mesh", "data=1,fsdp=1,tensor=1", "--workdir"]
-    flags = ["--sweep", "ppo.kl_coef=0.01,0.5", "--seeds", "2"]
-    launch(two_stages, TWO, [*common, str(tmp_path / "a"), *flags])
-    launch(two_stages, TWO, [*common, str(tmp_path / "b"), *flags, "--together"])
+    # And computed together.
+    capsys.readouterr()
+    launch(two_stages, TWO, [*common, str(tmp_path / "t"), *flags, "--together"])
     # Three programs in each of two iterations.
     assert "6 programs were run for 4 runs together" in capsys.readouterr().out
-    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("m*.jsonl"))
+    files = sorted(path.relative_to(tmp_path / "w") for path in (tmp_path / "w").rglob("m*.jsonl"))
     assert len(files) == 4
     for file in files:
-        one, other = ((tmp_path / x / file).read_text().splitlines() for x in "ab")
+        one, other = ((tmp_path / x / file).read_text().splitlines() for x in "wt")
         online = [
             [x for x in map(json.loads, text) if x["stage"] == "ppo"] for text in (one, other)
         ]
