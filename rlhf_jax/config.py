@@ -41,6 +41,8 @@ class Range(NamedTuple):
         return bool(above and below)
 
     def __str__(self) -> str:
+        if self == Range():
+            return ""
         left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
         if self.high < math.inf:
             return f"in {left}{self.low:g}, {self.high:g}{right}"
@@ -51,11 +53,16 @@ class Traced(NamedTuple):
     """Marks a field of whole numbers that is an argument of compiled programs, not a part."""
 
 
-# What fields of a Config may be declared as, so that the Config checks them itself. Whole numbers
-# lie below 2^31, the integers of compiled programs, and real ones are finite in float32.
+# Programs hold whole numbers in 32 bits, and real ones as float32: what is larger is infinite there
+# and what is smaller is 0.
+MAX_INT = 2**31 - 1
+MAX_FLOAT, MIN_FLOAT = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+
+# What fields of a Config may be declared as, so that the Config checks them itself.
 Count = Annotated[int, Range(1)]  # 1, 2, ...
 Whole = Annotated[int, Range(0)]  # 0, 1, 2, ...
-Seed = Annotated[int, Range(0), Traced()]  # of a stage: another seed is no other program
+# Of a stage: another seed is no other program.
+Seed = Annotated[int, Range(0), Traced()]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
@@ -71,8 +78,8 @@ class Config:
     is `float | None` is off when None; switching it on or off recompiles, a new value does not.
 
     A Config checks itself when it is made: fields declared as `Count`, `Share` and the like must
-    lie in their range, a `float` must be a finite number, a `Literal` must be one of its choices,
-    and `check` tests conditions on several fields. A whole number given for a real field becomes a
+    lie in their range, all numbers must be finite, a `Literal` must be one of its choices, and
+    `check` tests conditions on several fields. A whole number given for a real field becomes a
     float, because jax would compile a program for `kl_coef=1` beside the one for `kl_coef=1.0`.
     Raises ValueError naming the field.
     Traced values and arrays are not checked, nor are Configs that jax's tree functions rebuild.
@@ -88,9 +95,10 @@ class Config:
     def __post_init__(self):
         for name, hint in _hints(type(self)).items():
             value = vars(self)[name]
-            check_field(name, value, hint)
-            if type(value) is int and _is_traced(hint) and not _is_seed(hint):
+            whole = type(value) is int and abs(value) <= MAX_FLOAT
+            if whole and _is_traced(hint) and not _is_seed(hint):
                 object.__setattr__(self, name, float(value))
+            _check_field(name, vars(self)[name], hint)
         if _has_values(self):
             self.check()
 
@@ -141,17 +149,14 @@ def _has_values(config: Config) -> bool:
     return True
 
 
-def check_field(name: str, value: Any, hint) -> None:
-    """Raises ValueError if no member of the type `hint` accepts the value of the field `name`."""
+def _check_field(name: str, value: Any, hint) -> None:
+    """Raises ValueError if no member of the field's type accepts the value."""
     rules = [_broken_rule(value, option) for option in _options(hint)]
     if all(rules):
-        raise ValueError(f"{name}={_shown(value)} must be {' or '.join(rules)}")
-
-
-def _shown(value: Any) -> str:
-    # Python writes no integer of more than 4300 digits.
-    huge = type(value) is int and abs(value) > 2**200
-    return f"{value:#x}"[:20] + "..." if huge else repr(value)
+        # Python writes no whole number of more than 4300 digits.
+        huge = type(value) is int and abs(value) > MAX_FLOAT
+        shown = "a huge whole number" if huge else repr(value)
+        raise ValueError(f"{name}={shown} must be {' or '.join(rules)}")
 
 
 def _broken_rule(value: Any, option) -> str | None:
@@ -169,36 +174,27 @@ def _broken_rule(value: Any, option) -> str | None:
     if typing.get_origin(option) is tuple and isinstance(value, tuple):
         member, *_ = typing.get_args(option)
         rules = [rule for x in value if (rule := _broken_rule(x, member))]
-        return f"a tuple in which each is {rules[0]}" if rules else None
-    allowed = [x for x in getattr(option, "__metadata__", ()) if isinstance(x, Range)]
-    if _is_real(option):
-        return _broken_real_rule(value, *allowed)
-    return _broken_whole_rule(value, *allowed) if allowed else None
-
-
-def _broken_whole_rule(value: Any, allowed: Range) -> str | None:
-    if isinstance(value, bool | float | str | None):
-        return f"a whole number {allowed}"
-    if not isinstance(value, numbers.Real) or value in allowed and value < 2**31:
+        return f"a tuple of numbers, each {rules[0]}" if rules else None
+    if option is bool:
+        return None if isinstance(value, bool) else "True or False"
+    ranges = [x for x in getattr(option, "__metadata__", ()) if isinstance(x, Range)]
+    base = typing.get_args(option)[0] if ranges else option
+    if base not in (int, float):
         return None
-    return f"{allowed}" if value < 2**31 else "below 2^31"
-
-
-def _broken_real_rule(value: Any, allowed: Range | None = None) -> str | None:
-    """The rule of a real number, which compiled programs read as float32."""
-    limits = "" if allowed is None else f" {allowed}"
-    if isinstance(value, bool | str | None):
-        return f"a number{limits}"
-    if not isinstance(value, numbers.Real):
-        return None  # an array, or traced
-    largest, smallest = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
-    if not abs(value) <= largest:  # NaN too
-        return f"a finite number{limits}"
-    rounded = float(np.float32(value))
-    rounded = rounded if abs(rounded) >= smallest else 0.0
-    if allowed is None or value in allowed and rounded in allowed:
+    (allowed,) = ranges or [Range()]
+    kind = "a whole number" if base is int else "a number"
+    if isinstance(value, bool | str | None) or (base is int and isinstance(value, float)):
+        return f"{kind} {allowed}".rstrip()
+    if not isinstance(value, numbers.Real):  # an array or a tracer
         return None
-    return f"{allowed}" if value not in allowed else f"{allowed}, as float32 too"
+    if value not in allowed:
+        return str(allowed) or "finite"
+    if base is int:
+        return None if abs(value) <= MAX_INT else f"at most {MAX_INT}"
+    if not abs(value) <= MAX_FLOAT:
+        return "finite"
+    held = float(np.float32(value)) if abs(value) >= MIN_FLOAT else 0.0
+    return None if held in allowed else f"{allowed}, as float32 holds it"
 
 
 def _options(hint) -> tuple:
@@ -211,18 +207,14 @@ def _is_seed(hint) -> bool:
     return any(isinstance(x, Traced) for x in getattr(hint, "__metadata__", ()))
 
 
-def _is_real(option) -> bool:
-    if typing.get_origin(option) is Annotated:
-        option = typing.get_args(option)[0]
-    return option is float
-
-
 def _is_traced(hint) -> bool:
     if _is_seed(hint):
         return True
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(map(_is_traced, typing.get_args(hint)))
-    return _is_real(hint) or (isinstance(hint, type) and issubclass(hint, Config))
+    return hint is float or (isinstance(hint, type) and issubclass(hint, Config))
 
 
 def fold_seed(run_seed: int, stage: str | int) -> int:

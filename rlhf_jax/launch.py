@@ -28,6 +28,7 @@ from rlhf_jax.abstract import Program
 from rlhf_jax.config import Config
 from rlhf_jax.models.transformer import AS_CONFIGURED, Compute, Precision, Remat
 from rlhf_jax.stopping import Stop, Terminated
+from rlhf_jax.together import Member
 from rlhf_jax.training import report
 from rlhf_jax.training.metrics import Log, flat, plain
 from rlhf_jax.training.state import TrainingStopped
@@ -53,6 +54,7 @@ class Context(NamedTuple):
     compute: Compute = AS_CONFIGURED  # how models are computed, where the command line says so
     stop: Stop = Stop()  # what may end a stage early; connected to no signal unless by `launch`
     shared: sweep.Shared | None = None  # the stages that runs of a sweep have in common
+    together: Member | None = None  # of runs whose online stages are computed together
 
 
 def launch(
@@ -90,7 +92,7 @@ def launch(
         _fail(Exit.BAD_INPUT, f"error: {_one_line(error, hint='')}", debug=False)
     try:
         return _plan(run, programs, flags) if flags.plan else _launch(run, flags)
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         _fail(Exit.BAD_INPUT, f"error: {_one_line(error)}", flags.debug)
     except TrainingStopped as error:
         kept = "the workdir is kept, the last checkpoint in it is intact"
@@ -145,18 +147,22 @@ def _sweep(run: Callable, flags, context: Context, experiment: str) -> dict:
     folder = context.workdir
     every = sweep.points(flags.config, flags.sweep, flags.seeds)
 
-    def train(point: sweep.Point, where: storage.Path) -> dict:
-        log = Log(where, profile_steps=flags.profile)
+    def train(point: sweep.Point, where: storage.Path, member: Member | None = None) -> dict:
+        quiet = member is not None and member.number > 0
+        log = Log(where, quiet=quiet, profile_steps=flags.profile)
         described = workdir.describe(experiment, point.config, context.data, where, flags.dtype)
         shared = sweep.Shared(folder / "stages", described, point.config)
-        own = context._replace(workdir=where, log=log, shared=shared)
+        own = context._replace(workdir=where, log=log, shared=shared, together=member)
         try:
             return _run(run, point.config, own, described)
         except (KeyboardInterrupt, Terminated) as error:
             again = f"; the same command with --workdir {folder} continues at {point.title}"
             raise type(error)(again) from error
 
-    return sweep.run(sweep.shard(every, flags.sweep_shard), every, folder, context.log, train)
+    chosen = sweep.shard(every, flags.sweep_shard)
+    if flags.together:
+        sweep.run_together(chosen, folder, context.log, context.mesh, train)
+    return sweep.run(chosen, every, folder, context.log, train)
 
 
 def _prepare(run: Callable, flags, stop: Stop) -> tuple[Context, dict]:
@@ -243,6 +249,13 @@ def _flags() -> tuple:
         ),
         ("seeds", int, 1, "N", "runs of everything, each with a seed of its own"),
         ("sweep_shard", str, "", "I/N", "the part of a sweep that this process runs, from 1/N"),
+        (
+            "together",
+            bool,
+            False,
+            None,
+            "compute the online stages of a sweep's runs in one program",
+        ),
         ("plan", str, "", "SLICE", "such as v5e:4x4: only compile for it, and print what it takes"),
         ("profile", int, 0, "STEPS", "number of steps of each stage to trace to workdir/profile"),
         ("dtype", Precision | None, None, None, "of matrix products [default: as configured]"),

@@ -14,7 +14,7 @@ import contextlib
 import errno
 import json
 import os
-import socket
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +27,7 @@ BEAT = 10.0  # seconds
 PATIENCE = 25.0  # seconds
 _HELD = (errno.EACCES, errno.EAGAIN)
 _SINCE = time.strftime("%Y-%m-%d %H:%M:%S")  # this process is there
+_MINE: set[str] = set()  # the folders whose locks this process holds
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -35,10 +36,14 @@ def held(folder: Path, say: Callable[[str], None] | None = None) -> Iterator[Non
     """Holds the lock of a folder, which is made if it does not exist, while the body runs.
 
     Raises InUse naming the holder if another process has it, or waits for that one if there is a
-    function `say` that can be told so.
+    function `say` that can be told so. Another run of this process is not waited for.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    key = os.fspath(storage.absolute(folder))
+    if key in _MINE:  # which the operating system would grant once more
+        raise InUse(f"{folder} is in use by another run of this process; name another folder")
     file = _open(folder / NAME, say)
+    _MINE.add(key)
     try:
         _wait_for_other_host(file)
         ended = threading.Event()
@@ -53,6 +58,7 @@ def held(folder: Path, say: Callable[[str], None] | None = None) -> Iterator[Non
             with contextlib.suppress(OSError):
                 file.path.unlink()  # while it is still locked
     finally:
+        _MINE.remove(key)
         file.close()
 
 
@@ -128,7 +134,7 @@ def _wait_for_other_host(file: _File) -> None:
     """Raises ValueError if a process that the operating system does not know of is alive."""
     before = file.read()
     holder = _parsed(before)
-    known = not storage.in_bucket(file.path) and holder and holder["host"] == socket.gethostname()
+    known = not storage.in_bucket(file.path) and holder and holder["host"] == platform.node()
     if holder is None or known:
         return
     time.sleep(PATIENCE)
@@ -147,7 +153,7 @@ def _beat(file: _File, ended: threading.Event) -> None:
 
 
 def _holder(beat: int) -> str:
-    who = {"host": socket.gethostname(), "process": os.getpid()}
+    who = {"host": platform.node(), "process": os.getpid()}
     return json.dumps(who | {"since": _SINCE, "beat": beat}) + "\n"
 
 

@@ -256,7 +256,8 @@ def update(
         minibatch = jax.tree.map(lambda x: x[rows], batch)
         minibatch = shards.constrain_rows(minibatch, name="rows or groups per minibatch")
         loss_of = functools.partial(loss_fn, config)
-        return training.gradient_step(loss_of, optimizer, train, frozen, minibatch)
+        skip = config.on_bad_update == "skip"
+        return training.gradient_step(loss_of, optimizer, train, frozen, minibatch, skip=skip)
 
     def epoch(train, key):
         order = jax.random.permutation(key, size).reshape(config.num_minibatches, -1)
@@ -387,6 +388,8 @@ def run(
         state = sharding.initialise(mesh, init_state, config, algorithm.memory, trained)
         del trained  # the state holds a copy
         programs = compile_programs(algorithm, drawing, score, mesh, state, frozen)
+        if runtime.together is not None:
+            programs = Programs(*(x and runtime.together.of(x) for x in programs))
         host_scores = reward and host.for_run(
             reward, tokenizer, prompts.examples, config.reward_timeout
         )

@@ -7,11 +7,10 @@ import jax
 from rlhf_jax import on_policy, sharding
 from rlhf_jax.config import Count, Decay, Positive, Seed, Whole
 from rlhf_jax.sampling.settings import Sampling
-from rlhf_jax.training import checkpoint
 from rlhf_jax.training import state as training
 
 
-class Config(checkpoint.Config):
+class Config(training.StageConfig):
     """Settings of every online run."""
 
     num_iterations: Count = 100
@@ -35,10 +34,10 @@ class Config(checkpoint.Config):
     seed: Seed = 0
 
     def check(self) -> None:
-        """Raises ValueError for sizes that do not divide, a long warm-up, and greedy sampling."""
+        """Raises ValueError for sizes that do not divide each other and for greedy sampling."""
         self.check_best(self.eval_every)
-        for network, optimizer in self.optimizers().items():
-            training.check_warmup(f"{network}_optimizer", optimizer, self.num_updates)
+        for name, optimizer in self.optimizers().items():
+            training.check_warmup(optimizer, self.num_updates, f"{name}_optimizer")
         responses, parts = self.num_responses, self.num_minibatches
         if responses % parts:
             raise ValueError(

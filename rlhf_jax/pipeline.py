@@ -29,7 +29,7 @@ from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import rollout as rollouts
 from rlhf_jax.sampling.decode import Sampling
 from rlhf_jax.sampling.rollout import Rollout
-from rlhf_jax.training import checkpoint, loop
+from rlhf_jax.training import alarms, checkpoint, loop
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.loop import Runtime
 
@@ -118,7 +118,7 @@ def runtime(
             say=context.log.print,
         )
         checkpoints = stack.enter_context(stored)
-        yield Runtime(context.mesh, context.log, checkpoints, stage, context.stop)
+        yield Runtime(context.mesh, context.log, checkpoints, stage, context.stop, context.together)
 
 
 def supervised(
@@ -149,7 +149,10 @@ def supervised(
         options["held_out"] = held_out
     with runtime(context, stage, config, data.train.fingerprint) as where:
         trained, _ = run(config, model, train, runtime=where, **options)
-    return trained, evaluation.held_out(evaluate(config, trained, held_out, mesh=context.mesh))
+    figures = evaluation.held_out(evaluate(config, trained, held_out, mesh=context.mesh))
+    for alarm in alarms.of_accuracy(figures):
+        context.log.alarm(stage, config.num_steps - 1, alarm)
+    return trained, figures
 
 
 def online(

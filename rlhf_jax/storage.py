@@ -9,11 +9,13 @@ bucket it is written at once; nothing but these functions knows which.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
 import time
 from types import TracebackType
+from typing import Any
 
 from etils import epath
 
@@ -36,6 +38,50 @@ def absolute(name: str | os.PathLike) -> Path:
     return path(name) if in_bucket(name) else pathlib.Path(name).absolute()
 
 
+def names_inside(name: str) -> bool:
+    """Whether a name that a file gives for another file stays in that file's folder.
+
+    The name decides, and not where a link leads, because the hub's cache is made of links.
+    """
+    parts = pathlib.PurePath(name).parts
+    return bool(parts) and not os.path.isabs(name) and ".." not in parts and "\0" not in name
+
+
+def check_file(file: Path) -> None:
+    """Raises ValueError for what is there but is neither a file nor a folder: a pipe, a device.
+
+    Reading such a thing may never end, so it has to be asked before the path is opened.
+    """
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise ValueError(
+            f"{file}: a pipe or a device, not a file; write what it holds into a file and name that"
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file in UTF-8, with or without a byte order mark.
+
+    Raises ValueError, on one line that names the file, for anything else.
+    """
+    check_file(file)
+    remedy = "restore the file"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{error.lineno}: not JSON ({error.msg}); {remedy}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error.reason}); {remedy}") from None
+    except RecursionError:
+        raise ValueError(f"{file}: its brackets are nested too deep; {remedy}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{file}: unusable JSON ({error}); {remedy}") from None
+    except OSError as error:  # it is missing, a folder, or may not be read
+        raise ValueError(f"{file}: cannot be read ({error.strerror}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: must hold a JSON object, not a {type(found).__name__}; {remedy}")
+    return found
+
+
 def write(file: Path, content: str | bytes) -> None:
     """Writes a file such that readers see its old or its new content, and never a part of one."""
     content = content.encode() if isinstance(content, str) else content
@@ -51,6 +97,11 @@ def remove(folder: Path) -> None:
     """Removes a folder with all that is in it, if there is one."""
     with contextlib.suppress(FileNotFoundError):
         folder.rmtree() if in_bucket(folder) else shutil.rmtree(folder)
+
+
+def free(folder: Path) -> int:
+    """Bytes that may still be written to the disk of a folder."""
+    return shutil.disk_usage(folder).free
 
 
 class Lines:

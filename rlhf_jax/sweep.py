@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import io
 import itertools
@@ -26,13 +27,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import scipy.stats
 import tyro
 
 from rlhf_jax import processes, storage
 from rlhf_jax.config import Config
+from rlhf_jax.stopping import Terminated
 from rlhf_jax.storage import Path
+from rlhf_jax.together import Member, Together
 from rlhf_jax.training import checkpoint, figure, report
 from rlhf_jax.training.metrics import Log, flat, plain
 from rlhf_jax.training.state import TrainingStopped
@@ -187,6 +191,36 @@ def run(
         if len(failed) == len(chosen):
             raise ValueError(f"all {len(chosen)} points failed; {listed}")
     return found
+
+
+def run_together(
+    chosen: Sequence[Point],
+    folder: Path,
+    log: Log,
+    mesh: jax.sharding.Mesh,
+    train: Callable[[Point, Path, Member], dict],
+) -> None:
+    """Trains the chosen points in step, see `together`; what does not end is left to `run`.
+
+    Not on several devices, whose sharding of rows a vmapped program would have to share with the
+    runs: there nothing is done, and said so.
+    """
+    if mesh.devices.size > 1:
+        log.print(f"the runs go on one by one: {mesh.devices.size} devices split their rows")
+        return
+    meeting = Together(len(chosen), log.print)
+    works = [functools.partial(_member, train, point, folder / point.folder) for point in chosen]
+    for point, found in zip(chosen, meeting.run(works)):
+        error = found.exception()
+        if isinstance(error, KeyboardInterrupt | Terminated):
+            raise error
+        if error is not None:
+            log.print(f"{point.title} goes on alone: {' '.join(str(error).split())}")
+    log.print(f"{meeting.programs_run} programs were run for {len(chosen)} runs together")
+
+
+def _member(train: Callable, point: Point, folder: Path, member: Member) -> dict:
+    return train(point, folder, member)
 
 
 def table(every: Sequence[Point], folder: Path) -> dict[str, dict]:

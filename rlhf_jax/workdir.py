@@ -174,17 +174,24 @@ def finish(folder: Path, summary: dict) -> None:
 
 @contextlib.contextmanager
 def taken(folder: Path, log: Log) -> Iterator[_Found]:
-    """The folder for this run alone, and put back on failure: see `restored_on_failure`.
+    """The folder for this run alone, put back as it was if the body fails before the first step.
 
-    Raises ValueError, on every process, where another run is using it.
+    So a misspelt file name leaves no empty run behind, and cannot spoil a finished one. When
+    training stops because its numbers are bad, everything is kept for inspection. Raises
+    `lock.InUse`, on every process, where another run is using the folder.
     """
-    with restored_on_failure(folder, log) as found, contextlib.ExitStack() as stack:
-
-        def enter() -> None:
-            stack.enter_context(lock.held(folder))
-
-        processes.first(enter)
-        yield found
+    found = _inspect(folder)
+    with contextlib.ExitStack() as stack:
+        processes.first(lambda: stack.enter_context(lock.held(folder)))
+        try:
+            yield found
+        except TrainingStopped:
+            raise
+        except BaseException:
+            if log.writes and not log.trained:
+                with contextlib.suppress(OSError):  # of which the first one is to be heard
+                    _restore(folder, found)
+            raise
 
 
 def how_to_continue(was_empty: bool, folder: Path, log: Log) -> str:
@@ -199,24 +206,6 @@ def how_to_continue(was_empty: bool, folder: Path, log: Log) -> str:
     if not steps:
         return f"{again} begins {stage} anew, of which no checkpoint was saved"
     return f"{again} continues {stage} from step {max(steps)} of {total}"
-
-
-@contextlib.contextmanager
-def restored_on_failure(folder: Path, log: Log) -> Iterator[_Found]:
-    """Puts the folder back as it was found if the body fails before the first step of training.
-
-    So a misspelt file name leaves no empty run behind, and cannot spoil a finished one. When
-    training stops because its numbers are bad, everything is kept for inspection.
-    """
-    found = _inspect(folder)
-    try:
-        yield found
-    except TrainingStopped:
-        raise
-    except BaseException:
-        if log.writes and not log.trained:
-            _restore(folder, found)
-        raise
 
 
 # ------------------------------------------------------------------------ starting from another run
@@ -296,6 +285,7 @@ def _fingerprints(config: Config, folder: Path, prefix: str = "") -> dict[str, s
             found |= _fingerprints(value, folder, f"{prefix}{field.name}.")
         elif hints[field.name] is Source and value:
             path = pathlib.Path(os.path.expanduser(formats.located(value)[0]))
+            storage.check_file(path)
             if path.exists():
                 found[f"{prefix}{field.name}"] = _fingerprint(path, folder)
     return found

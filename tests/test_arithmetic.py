@@ -295,7 +295,7 @@ def test_action_values_are_learned_from_answers_of_the_warm_start(experiment, tm
         prompts=64,
         prompts_eval=8,
         sft=tiny.short(config.sft, num_steps=5),  # so that it writes letters
-        grpo=dataclasses.replace(config.grpo, batch_size=8),
+        grpo=tiny.short(config.grpo, batch_size=8),
         algorithm="ilql",
         ilql=tiny.short(config.ilql, num_steps=2, batch_size=8, prompts=50),
     )

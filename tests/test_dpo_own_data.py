@@ -39,7 +39,7 @@ def small(program, **changes):
     config = program.config
     return dataclasses.replace(
         config,
-        dpo=dataclasses.replace(config.dpo, num_steps=3, batch_size=4, optimizer=tiny.ADAM),
+        dpo=tiny.short(config.dpo, num_steps=3, batch_size=4, optimizer=tiny.ADAM),
         sampling=Sampling(max_new_tokens=8),
         max_prompt=24,
         max_response=24,

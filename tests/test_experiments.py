@@ -140,8 +140,8 @@ def test_a_batch_that_the_mesh_does_not_divide_is_one_line_and_leaves_nothing(
     config = small(quickstart.config)
     config = dataclasses.replace(
         config,
-        sft=dataclasses.replace(config.sft, batch_size=12),
-        reward_model=dataclasses.replace(config.reward_model, batch_size=8),
+        sft=tiny.short(config.sft, batch_size=12),
+        reward_model=tiny.short(config.reward_model, batch_size=8),
     )
     arguments = ["--workdir", str(tmp_path / "run"), "--mesh", "data=8,fsdp=1,tensor=1"]
     with pytest.raises(SystemExit) as stopped:
@@ -196,7 +196,7 @@ def test_stories_run_on_real_input_at_toy_size(experiment, tmp_path, real_data):
     config = dataclasses.replace(
         stories.config,
         reward_model=tiny.short(stories.config.reward_model, num_steps=2, batch_size=8),
-        ppo=dataclasses.replace(
+        ppo=tiny.short(
             stories.config.ppo, num_iterations=2, batch_size=16, num_epochs=1, save_every=1
         ),
         best_of=2,

@@ -430,7 +430,7 @@ def test_a_dataset_info_names_files_columns_and_tags(tmp_path, name):
 
 def test_an_entry_that_is_not_there_or_not_local_is_named(tmp_path):
     info = tmp_path / "dataset_info.json"
-    with pytest.raises(ValueError, match="not a readable dataset_info.json"):
+    with pytest.raises(ValueError, match="dataset_info.json: cannot be read"):
         formats.dataset_info(info, "plain")
     info.write_text(json.dumps(INFO))
     with pytest.raises(ValueError, match=r"no dataset 'x'; it has labels, mapped, pairs, plain"):
@@ -456,7 +456,7 @@ def test_an_entry_that_asks_for_what_is_not_read_is_refused(tmp_path, entry, mes
     with pytest.raises(ValueError, match=message):
         formats.dataset_info(info, "set")
     info.write_text("[1]")
-    with pytest.raises(ValueError, match="not LLaMA-Factory's; it holds an object of objects"):
+    with pytest.raises(ValueError, match="must hold a JSON object, not a list"):
         formats.dataset_info(info, "set")
 
 

@@ -34,7 +34,7 @@ def prompts(tmp_path):
 
 def small(program, **changes):
     config = program.config
-    settings = dataclasses.replace(
+    settings = tiny.short(
         config.grpo,
         num_iterations=2,
         batch_size=4,

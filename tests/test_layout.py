@@ -48,6 +48,7 @@ LAYERS = {
     "storage.py": 0,
     "lock.py": 0,
     "stopping.py": 0,
+    "together.py": 0,
     "config.py": 0,
 }
 DISK = (
@@ -113,6 +114,7 @@ SHIFTS = {
     ("advantages.py", "extend_after_eos"),
     ("advantages.py", "of_next"),
     ("models/transformer.py", "positions"),
+    ("sampling/rollout.py", "distinct_bigrams"),  # of what was written, not of what a model says
     ("models/rope.py", "rotate"),  # along the features
 }
 

@@ -125,7 +125,7 @@ def test_parts_combine_to_the_whole_and_a_model_without_adapter_is_trained_whole
     ("fields", "message"),
     [
         ({"rank": 0}, "rank=0 must be at least 1"),
-        ({"alpha": 0}, "alpha=0 must be above 0"),
+        ({"alpha": 0}, "alpha=0.0 must be above 0"),
         ({"targets": ("query", "qkv")}, r"targets=\['qkv'\]"),
         ({"targets": ("query", "score")}, r"targets=\['score'\]"),
         ({"targets": ("query", "head")}, r"targets=\['head'\]"),  # never read there

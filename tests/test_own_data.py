@@ -6,6 +6,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from rlhf_jax import launch
 from rlhf_jax.models import huggingface, transformer
@@ -47,9 +48,9 @@ def small(own_data, pretraining_coef=None, **changes):
     config = own_data.config
     return dataclasses.replace(
         config,
-        sft=dataclasses.replace(config.sft, num_steps=2, batch_size=4),
-        reward_model=dataclasses.replace(config.reward_model, num_steps=2, batch_size=4),
-        ppo=dataclasses.replace(
+        sft=tiny.short(config.sft, num_steps=2, batch_size=4),
+        reward_model=tiny.short(config.reward_model, num_steps=2, batch_size=4),
+        ppo=tiny.short(
             config.ppo,
             num_iterations=2,
             batch_size=8,
@@ -342,7 +343,7 @@ def test_more_iterations_replace_the_exported_policy(own_data, start, tmp_path, 
     start(config, tmp_path / "run")
     file = tmp_path / "run" / "export" / "policy" / "model.safetensors"
     before = file.read_bytes()
-    longer = dataclasses.replace(config.ppo, num_iterations=3)
+    longer = tiny.short(config.ppo, num_iterations=3)
     start(dataclasses.replace(config, ppo=longer), tmp_path / "run")
     assert file.read_bytes() != before
     assert not list(file.parents[1].glob(".*"))

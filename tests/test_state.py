@@ -328,10 +328,45 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_caught_too():
     assert int(new.bad_step) == 0 and same(new.trainable, state.trainable)
 
 
-def test_the_host_stops_at_a_bad_step_and_names_it():
-    training.raise_if_bad(5, {"bad_step": -1.0})
-    with pytest.raises(training.TrainingStopped, match=r"non-finite loss or gradient at update 3:"):
-        training.raise_if_bad(5, {"bad_step": 3.0})
+def test_an_update_that_is_not_finite_after_a_finite_gradient_is_caught_too():
+    optimizer, state = fresh_state(OptimizerConfig(learning_rate=0.1))
+    broken = optax.chain(optimizer, optax.stateless(lambda u, p: jax.tree.map(jnp.log, u)))
+    state = state._replace(opt_state=broken.init(state.trainable))
+    new, metrics = training.gradient_step(pulled, broken, state, REFERENCE, jnp.float32(1.0))
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    assert int(new.bad_step) == 0 and same(new.trainable, state.trainable)
+    assert same(new.opt_state, state.opt_state)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_bad_updates_may_be_left_out_and_counted(bad):
+    optimizer, state = fresh_state(OptimizerConfig(learning_rate=0.1))
+
+    @jax.jit
+    def step(state, batch):
+        return training.gradient_step(pulled, optimizer, state, REFERENCE, batch, skip=True)
+
+    good, metrics = step(state, jnp.float32(1.0))
+    assert float(metrics["skipped_updates"]) == 0.0
+    left_out, metrics = step(good, jnp.float32(bad))
+    assert same(left_out, good) and float(metrics["skipped_updates"]) == 1.0
+    assert int(metrics["bad_step"]) == -1
+    after, _ = step(left_out, jnp.float32(2.0))
+    assert same(after, step(good, jnp.float32(2.0))[0]) and int(after.step) == 2
+
+
+@pytest.mark.parametrize(
+    "metrics, what",
+    [
+        ({"loss": np.nan, "grad_norm": np.nan}, "loss"),
+        ({"loss": 1.0, "grad_norm": np.inf}, "gradient"),
+        ({"loss": 1.0, "grad_norm": 1.0}, "parameters"),
+    ],
+)
+def test_the_host_stops_at_a_bad_step_and_names_it(metrics, what):
+    training.raise_if_bad(5, {"bad_step": -1.0, **metrics})
+    with pytest.raises(training.TrainingStopped, match=rf"non-finite {what} at update 3:"):
+        training.raise_if_bad(5, {"bad_step": 3.0, **metrics})
 
 
 def test_a_supervised_update_logs_the_rate_it_used():

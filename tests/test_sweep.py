@@ -184,7 +184,9 @@ def two_stages(config, context):
     return {"sft": found, "ppo": {"kl": last["objective/kl"], "loss": last["loss"]}}
 
 
-def test_unchanged_stages_run_once_points_equal_single_runs_and_share_programs(tmp_path, caplog):
+def test_unchanged_stages_run_once_and_runs_equal_single_ones_also_together(
+    tmp_path, caplog, capsys
+):
     common = ["--mesh", "data=1,fsdp=1,tensor=1", "--workdir"]
     flags = ["--sweep", "ppo.kl_coef=0.01,0.5", "--seeds", "2"]
     with jax.log_compiles(), caplog.at_level("WARNING"):
@@ -199,8 +201,50 @@ def test_unchanged_stages_run_once_points_equal_single_runs_and_share_programs(t
         for file in sorted((tmp_path / "w" / "points").rglob("metrics.jsonl"))
     ]
     assert sorted(map(len, trained)) == [1, 1, 2, 2]  # with SFT only the first of each seed
-    single = launch(two_stages, Two(seed=1), [*common, str(tmp_path / "s"), "--ppo.kl-coef", "0.5"])
+    single = launch(
+        two_stages, TWO, [*common, str(tmp_path / "s"), "--seed", "1", "--ppo.kl-coef", "0.5"]
+    )
     for stage, figures in single.items():
         for name, value in figures.items():
             assert found["ppo.kl_coef=0.5"][f"{stage}.{name}"]["values"]["1"] == value
     assert (tmp_path / "w" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    # And computed together.
+    capsys.readouterr()
+    launch(two_stages, TWO, [*common, str(tmp_path / "t"), *flags, "--together"])
+    # Three programs in each of two iterations.
+    assert "6 programs were run for 4 runs together" in capsys.readouterr().out
+    files = sorted(path.relative_to(tmp_path / "w") for path in (tmp_path / "w").rglob("m*.jsonl"))
+    assert len(files) == 4
+    for file in files:
+        one, other = ((tmp_path / x / file).read_text().splitlines() for x in "wt")
+        online = [
+            [x for x in map(json.loads, text) if x["stage"] == "ppo"] for text in (one, other)
+        ]
+        assert len(online[0]) == len(online[1]) == 2
+        for a, b in zip(*online):
+            assert (
+                a["num_tokens"] == b["num_tokens"]
+                and a["objective/scores"] == b["objective/scores"]
+            )
+            for name in ("loss", "objective/kl", "grad_norm/policy"):
+                assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-6)
+
+
+def test_runs_that_differ_go_on_alone_and_say_so(tmp_path, capsys):
+    common = ["--mesh", "data=1,fsdp=1,tensor=1", "--workdir", str(tmp_path / "w"), "--together"]
+    found = launch(two_stages, TWO, [*common, "--sweep", "ppo.num_epochs=1,2"])
+    assert all(len(figures) > 2 for figures in found.values())
+    out = capsys.readouterr().out
+    assert "the runs go on one by one: their programs have different settings" in out
+
+
+def test_a_run_that_fails_does_not_keep_the_others_waiting(tmp_path, capsys):
+    def fails(config, context):
+        if config.ppo.kl_coef > 1:
+            raise ValueError("too much")
+        return two_stages(config, context)
+
+    common = ["--mesh", "data=1,fsdp=1,tensor=1", "--workdir", str(tmp_path / "w"), "--together"]
+    found = launch(fails, TWO, [*common, "--sweep", "ppo.kl_coef=2,0.1"])
+    assert found["ppo.kl_coef=2"] == {} and found["ppo.kl_coef=0.1"]
+    assert "failed: ppo.kl_coef=2, seed 0: too much" in capsys.readouterr().out

@@ -133,7 +133,7 @@ def test_a_special_token_outside_the_vocabulary_is_named(tmp_path):
 def test_damaged_settings_are_named(tmp_path):
     folder = folder_of(tmp_path)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config.json: not valid JSON \(.*\); restore"):
+    with pytest.raises(ValueError, match=r"tokenizer_config.json:1: not JSON \(.*\); restore"):
         from_folder(folder)
 
 

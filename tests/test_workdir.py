@@ -223,7 +223,7 @@ def fail(error, folder, train_first=False):
     folder = pathlib.Path(folder)
     log = Log(folder, quiet=True)
     with pytest.raises(type(error)):
-        with workdir.restored_on_failure(folder, log):
+        with workdir.taken(folder, log):
             begin(Experiment(seed=7), folder)
             if train_first:
                 with log.stage("sft", 1) as stage:

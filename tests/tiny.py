@@ -53,11 +53,13 @@ PPO = ppo.Config(
 
 
 def short(config, **changes):
-    """The settings of a stage with changes that make it short, and so without a warm-up."""
-    for name, value in vars(config).items():
-        if isinstance(value, OptimizerConfig):
-            changes.setdefault(name, dataclasses.replace(value, warmup_steps=0))
-    return dataclasses.replace(config, **changes)
+    """A configuration of a stage with changes, and no warm-ups: they would outlast a few steps."""
+    optimizers = {
+        name: dataclasses.replace(value, warmup_steps=0)
+        for name, value in vars(config).items()
+        if isinstance(value, OptimizerConfig)
+    }
+    return dataclasses.replace(config, **{**optimizers, **changes})
 
 
 def mesh(name="1x1x1"):

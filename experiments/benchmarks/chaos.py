@@ -38,7 +38,7 @@ SAVING = [
     )
 ]  # fmt: skip
 RESTORING = [("restoring", 1, seconds) for seconds in (0.0, 0.005, 0.02, 0.05, 0.1)]
-COMPILING = [("compiling", number, 0.01) for number in (3, 40, 120, 200)]
+COMPILING = [("compiling", number, 0.01) for number in (3, 30, 60, 90)]
 KILLS = [*STEPPING, *SAVING, *RESTORING, *COMPILING]
 PREPARED = ("stepping", 19, 0.0)  # what is killed here has checkpoints of PPO's iterations 4 and 6
 UNTIMED = ("seconds", "tokens_per_second", "model_flops_utilisation", "reward/")
@@ -75,7 +75,8 @@ def start(folder: pathlib.Path, moment: tuple | None = None, **options) -> subpr
 def ended(process: subprocess.Popen) -> Ended:
     """Waits for a process; it counts as hanging after ten minutes."""
     _, errors = process.communicate(timeout=600)
-    return Ended(process.returncode, [line for line in errors.splitlines() if line.strip()])
+    lines = [line for line in errors.splitlines() if line.strip()]
+    return Ended(process.returncode, [line[:300] for line in lines])
 
 
 def result(folder: pathlib.Path) -> dict:
@@ -184,7 +185,11 @@ def second(folder: pathlib.Path, expected: dict) -> Row:
     time.sleep(0.2)
     other, first = ended(start(folder)), ended(process)
     if not one_line(other, "is in use by process", str(process.pid)) or first.code:
-        return Row("a second process", False, f"{first.code} {first.errors} / {other}")
+        return Row(
+            "a second process",
+            False,
+            f"{first.code} {first.errors[:2]} / {other.code} {other.errors[:2]}",
+        )
     held, how = continued(folder, expected)
     return Row("a second process", held, f"refused in one line; the first one: {how}")
 
@@ -211,7 +216,7 @@ def full_disk(folder: pathlib.Path, expected: dict) -> Row:
         run = folder / "run"
         done = ended(start(run))
         if not one_line(done, "No space left"):
-            return Row(what, False, f"exit {done.code}: {done.errors}")
+            return Row(what, False, f"exit {done.code}: {done.errors[:2]}")
         subprocess.run(["mount", "-o", "remount,size=100m", str(folder)], check=True)
         held, how = continued(run, expected)
     return Row(what, held, f"refused in one line; with more room: {how}")
@@ -227,7 +232,7 @@ def read_only(folder: pathlib.Path, whole: pathlib.Path, expected: dict) -> Row:
         done = ended(start(run))
         subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
         if not one_line(done, "ead-only"):
-            return Row(what, False, f"exit {done.code}: {done.errors}")
+            return Row(what, False, f"exit {done.code}: {done.errors[:2]}")
         held, how = continued(run, expected)
     return Row(what, held, f"refused in one line; afterwards: {how}")
 

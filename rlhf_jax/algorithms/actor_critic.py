@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from rlhf_jax import abstract, losses, on_policy, online
 from rlhf_jax.abstract import Stage
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.config import Count
+from rlhf_jax.config import Count, NonNegative
 from rlhf_jax.training.metrics import Display
 
 DISPLAY = Display(
@@ -38,7 +38,7 @@ class Config(ppo.CriticConfig):
 
     num_epochs: Count = 1
     whiten_advantages: bool = False
-    entropy_coef: float = 0.0  # reward per nat of the entropy of a token
+    entropy_coef: NonNegative = 0.0  # reward per nat of the entropy of a token
     # Allows several updates per iteration, of which only the first is the policy gradient.
     reuse_responses: bool = False
 

@@ -30,6 +30,11 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _NAME = "local_rows"
 _CACHE_VERSION = "3"  # part of the cache key: raise it when what is stored for a row changes
 _CHUNK = 256
+# What a file may hold, decompressed: a small .gz can hold more than any memory. The rows of a line
+# take about eight times its bytes while they are read.
+MAX_LINE = 64 * 2**20  # bytes of a line of a .jsonl file
+MAX_BLANK = 1_000_000  # lines without a row, one after another
+MAX_ARRAY = 512 * 2**20  # bytes of a .json file, which is parsed as a whole
 _REPEATED = "\0repeated"  # a field that marks an object in which some field is given twice
 
 
@@ -95,6 +100,7 @@ def load(
     .gz, a .json file that does not parse) is always an error.
     """
     path = storage.path(source).expanduser()
+    storage.check_file(path)
     if path.is_file():
         builder = _open(_cached_folder(path, cache, on_bad_row))
     elif path.is_dir():
@@ -228,15 +234,22 @@ def _rows_of(path: storage.Path, on_bad_row: str) -> Iterator[_Line]:
     return _json_lines(path, on_bad_row) if is_lines else _json_array(path)
 
 
-def _raw_lines(path: storage.Path) -> Iterator[bytes]:
-    """Lines of a plain or gzip file, split only at line feeds: JSON may contain U+2028."""
+def _raw_lines(path: storage.Path, limit: int) -> Iterator[bytes]:
+    """Lines of a plain or gzip file, split only at line feeds: JSON may contain U+2028.
+
+    Of a line of more than `limit` bytes the first `limit` + 1 are given, and the rest is skipped.
+    """
     done = 0
     try:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(path.open("rb"))
             if path.name.lower().endswith(".gz"):
                 file = stack.enter_context(gzip.open(file))
-            for done, line in enumerate(file, 1):  # noqa: B007 (for the error below)
+            while line := file.readline(limit + 1):
+                done += 1
+                rest = line
+                while len(rest) > limit and not rest.endswith(b"\n"):
+                    rest = file.readline(limit + 1)
                 yield line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(
@@ -257,7 +270,14 @@ def _decoded(line: bytes) -> str:
 
 
 def _json_lines(path: storage.Path, on_bad_row: str) -> Iterator[_Line]:
-    for number, line in enumerate(_raw_lines(path), 1):
+    blank = 0
+    for number, line in enumerate(_raw_lines(path, MAX_LINE), 1):
+        blank = blank + 1 if line.isspace() else 0
+        if blank > MAX_BLANK:
+            raise ValueError(
+                f"{path.name}:{number}: more than {MAX_BLANK:,} blank lines in a row; write the "
+                "file again without them"
+            )
         try:
             row = _row(line)
         except BadRow as error:
@@ -269,6 +289,8 @@ def _json_lines(path: storage.Path, on_bad_row: str) -> Iterator[_Line]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
+    if len(line) > MAX_LINE:
+        raise BadRow(f"the line has more than {MAX_LINE:,} bytes, the limit; cut or remove it")
     text = _decoded(line)
     if not text.strip():
         return None  # a blank line holds no row, so nothing is lost
@@ -302,8 +324,14 @@ def _fields(repeated: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]
 
 
 def _json_array(path: storage.Path) -> Iterator[_Line]:
-    lines = []
-    for number, line in enumerate(_raw_lines(path), 1):
+    lines, size = [], 0
+    for number, line in enumerate(_raw_lines(path, MAX_ARRAY), 1):
+        size += len(line)
+        if size > MAX_ARRAY:
+            raise ValueError(
+                f"{path.name}: the file holds more than {MAX_ARRAY:,} bytes, the limit of a .json "
+                "file, which is parsed as a whole; write one object a line, as .jsonl"
+            )
         with at(f"{path.name}:{number}"):
             lines.append(_decoded(line))
     try:

@@ -1,23 +1,17 @@
-"""Conversations to token ids: the one place that renders chat templates.
+"""Conversations to token ids by chat templates, which `templates` renders.
 
-A template is rendered as transformers does it (jinja's sandbox, with the same settings, filters and
-names), and the ids are those of the rendered text with its special tokens. Which tokens are
-trained on follows from the positions of the answers in that text and the tokens' offsets in it.
+The ids are those of the rendered text with its special tokens. Which tokens are trained on follows
+from the positions of the answers in that text and the tokens' offsets in it.
 """
 
 from __future__ import annotations
 
-import datetime
-import functools
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-
+from rlhf_jax.data import templates
 from rlhf_jax.data.schema import BadRow, Message
 from rlhf_jax.data.tokenizers import Tokenizer
 
@@ -32,7 +26,8 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = Fal
     """The text of `messages` under the tokenizer's template.
 
     With `ask` the text ends with the generation prompt, which opens the assistant's turn. Raises
-    ValueError without a template, BadRow for messages that the template refuses.
+    ValueError without a template or with one that is unfit (see `templates.render`), BadRow for
+    messages that the template refuses.
     """
     template = tokenizer.chat_template
     if template is None:
@@ -40,15 +35,18 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = Fal
             "the rows are messages, but the tokenizer has no chat template; use the tokenizer of a "
             "chat model, or tokenizer.with_template(tokenizers.PLAIN_TEMPLATE)"
         )
+    variables = {
+        "messages": [message._asdict() for message in messages],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": ask,
+        **tokenizer.special_tokens,
+    }
     try:
-        return _compiled(template).render(
-            messages=[message._asdict() for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=ask,
-            **tokenizer.special_tokens,
-        )
-    except (jinja2.TemplateError, TypeError) as error:
+        return templates.render(template, variables)
+    except templates.Unfit as error:
+        raise ValueError(f"the chat template {error}; correct it or use another") from None
+    except templates.Refused as error:
         raise BadRow(
             f"the chat template refuses the messages ({error}); change them or the template"
         ) from None
@@ -229,42 +227,3 @@ def _earlier_answer(
             "are not what the model would say; use turns='last'"
         )
     return len(asked), len(ended)
-
-
-class _Generation(jinja2.ext.Extension):
-    """Ignores {% generation %} and {% endgeneration %}, which mark what the assistant says."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> jinja2.Template:
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # Unlike jinja's own filter, it leaves <, > and & as they are.
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_Generation, "jinja2.ext.loopcontrols"],
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template is no jinja template ({error}); correct it") from None

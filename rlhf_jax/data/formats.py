@@ -1,6 +1,7 @@
 """Rows to examples: the format of a row is recognised from its fields, or named by `format=`.
 
-`format=` takes a name in `known_formats.FORMATS`, or any function from a row to an Example:
+`format=` takes a name in `known_formats.FORMATS`, a map of fields such as
+"prompt=input,chosen=good,rejected=bad" (`field_map`), or any function from a row to an Example:
 `known_formats.source_target("en", "de")`, `renamed({...})`, `as_messages(...)`, or your own. A row
 that fits no format, or several, is an error that says so.
 
@@ -9,13 +10,14 @@ Whether an example is worth training on is not decided here but in `batches`.
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from rlhf_jax.data import known_formats, schema
+from rlhf_jax import storage
+from rlhf_jax.data import field_map, known_formats, schema
 from rlhf_jax.data.known_formats import (
     COMPARISON,
     DEMONSTRATION,
@@ -39,6 +41,8 @@ def read(row: Row | str, format: FormatLike = None) -> Example:
     if isinstance(row, str):
         raise BadRow(row)
     if isinstance(format, str):
+        if field_map.is_map(format):
+            return read(row, _mapped(format))
         if format not in _BY_NAME:
             raise ValueError(f"format={format!r} is not known; use one of {', '.join(_BY_NAME)}")
         format = _BY_NAME[format].read
@@ -50,6 +54,11 @@ def read(row: Row | str, format: FormatLike = None) -> Example:
         if not language and isinstance(unused.get(name), str):
             language = unused.pop(name)
     return example._replace(language=language, extra={**unused, **example.extra})
+
+
+@functools.lru_cache(maxsize=64)
+def _mapped(text: str) -> Reader:
+    return field_map.of(text, read)
 
 
 class _Fields(Mapping):
@@ -213,14 +222,17 @@ def located(source: str, format: str = "") -> tuple[str | pathlib.Path, FormatLi
     """(file or dataset, its format) as a command line names them; "" stands for no format.
 
     A source "dataset_info.json:NAME" is an entry of LLaMA-Factory's list of datasets, which says
-    the format too. A format "en:de" names the fields of source and target. Raises ValueError for a
-    format that is given beside an entry.
+    the format too. A format "en:de" names the fields of source and target, and one with "=" is a
+    map of fields. Raises ValueError for a format that is given beside an entry, and for a map that
+    is none.
     """
     file, _, name = source.rpartition(":")
     if pathlib.Path(file).name == "dataset_info.json":
         if format:
             raise ValueError(f"{source}: the entry says its format; leave {format!r} out")
         return dataset_info(pathlib.Path(file).expanduser(), name)
+    if field_map.is_map(format):
+        return source, _mapped(format)
     if ":" in format:
         return source, known_formats.source_target(*format.split(":", 1))
     return source, format or None
@@ -233,17 +245,19 @@ def dataset_info(path: str | os.PathLike, name: str) -> tuple[pathlib.Path, Read
     here: tools, images and the like, a part of the file, another formatting.
     """
     path = pathlib.Path(path)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable dataset_info.json ({error})") from None
-    if not isinstance(entries, dict) or not all(isinstance(x, dict) for x in entries.values()):
+    entries = storage.read_json(path)
+    if not all(isinstance(x, dict) for x in entries.values()):
         raise ValueError(f"{path}: not LLaMA-Factory's; it holds an object of objects")
     if name not in entries:
         raise ValueError(f"{path}: no dataset {name!r}; it has {', '.join(sorted(entries))}")
     entry = entries[name]
     if not isinstance(entry.get("file_name"), str):
         raise ValueError(f"{path}: {name!r} has no 'file_name'; download its file and name it")
+    if not storage.names_inside(entry["file_name"]):
+        raise ValueError(
+            f"{path}: {name!r} names the file {entry['file_name']!r:.60}, which is outside this "
+            "folder; name that file itself in place of the entry, or move it here"
+        )
     columns, tags = (entry.get(x) or {} for x in ("columns", "tags"))
     if not isinstance(columns, dict) or not isinstance(tags, dict):
         raise ValueError(f"{path}: 'columns' and 'tags' of {name!r} must be objects")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -97,7 +98,7 @@ class Loader:
             # one. Spread the seeds first.
             spread = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
             order = order.shuffle(seed=spread)
-        return order.repeat().batch(self.batch_size).map_with_index(gather)
+        return order.repeat(sys.maxsize // count).batch(self.batch_size).map_with_index(gather)
 
 
 class Together(NamedTuple):

@@ -9,13 +9,14 @@ other text its ids are the same.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import tokenizers
@@ -100,8 +101,15 @@ class Tokenizer:
         return dataclasses.replace(self, settings=settings)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; nothing is prepended or appended."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Ids of `text`; nothing is prepended or appended.
+
+        Raises ValueError for a text with half a surrogate pair, which Python allows and UTF-8 not.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError:  # which does not say what is wrong
+            text.encode()  # raises the error of UTF-8, a ValueError
+            raise
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids`, without special tokens and ids past the vocabulary.
@@ -221,33 +229,32 @@ def from_folder(path: str | os.PathLike, pad_id: int | None = None) -> Tokenizer
     settings = _read_json(folder / "special_tokens_map.json") | settings
     template = folder / "chat_template.jinja"
     if template.is_file() and template.stat().st_size:
-        settings["chat_template"] = template.read_text(encoding="utf-8")
+        settings["chat_template"] = template.read_text(encoding="utf-8-sig")
+    _check_settings(folder, settings)
     backend = _backend(folder)
     backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
     model_settings = _read_json(folder / "config.json")
     generation = _read_json(folder / "generation_config.json")
 
-    def configured(name: str) -> int | list[int] | None:
-        found = generation.get(name)
-        return model_settings.get(name) if found is None else found
+    def configured(name: str) -> Any:
+        # A model of text and images has the ids of its text in a part of its configuration.
+        tower = model_settings.get("text_config")
+        places = (generation, model_settings, tower if isinstance(tower, dict) else {})
+        return next((x[name] for x in places if x.get(name) is not None), None)
 
+    size = _vocab_size(backend)
     eos = configured("eos_token_id")
     eos = _token_id(backend, settings, "eos_token", folder) if eos is None else eos
-    if eos is None or eos == []:
-        raise ValueError(
-            f"{folder}: no EOS is named; set 'eos_token_id' in generation_config.json or "
-            "'eos_token' in tokenizer_config.json"
-        )
-    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    if not all(isinstance(i, int) for i in eos_ids):
-        raise ValueError(f"{folder}: eos_token_id={eos} must be an id or a list of ids")
+    eos_ids = _eos_ids(folder, eos, size)
     bos = _token_id(backend, settings, "bos_token", folder)
     prepends = bos is not None and backend.encode("").ids[:1] == [bos]
-    size = _vocab_size(backend)
     if pad_id is None:
         named = (_token_id(backend, settings, "pad_token", folder), configured("pad_token_id"))
+        if type(named[1]) not in (int, type(None)):
+            raise ValueError(f"{folder}: pad_token_id={repr(named[1])[:60]} must be an id or null")
         # Some configurations spell "none" as -1.
-        pad_id = next((i for i in named if i in range(size) and i not in eos_ids), None)
+        usable = [i for i in named if i is not None and 0 <= i < size and i not in eos_ids]
+        pad_id = usable[0] if usable else None
     if pad_id is None:
         unknown = _token_id(backend, settings, "unk_token", folder)
         pad_id = _filler(unknown, {*eos_ids, bos}, size)
@@ -331,7 +338,8 @@ def _byte_characters() -> dict[int, str]:
 def _backend(folder: pathlib.Path) -> tokenizers.Tokenizer:
     if (folder / "tokenizer.json").is_file():
         try:
-            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            text = (folder / "tokenizer.json").read_text(encoding="utf-8-sig")
+            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(
                 f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); restore the file"
@@ -348,7 +356,9 @@ def _backend(folder: pathlib.Path) -> tokenizers.Tokenizer:
 
     remedy = "restore tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
     try:
-        backend = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        backend = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
     except (ValueError, OSError, TypeError, ImportError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{folder}: no tokenizer can be made of it ({why}); {remedy}") from None
@@ -356,6 +366,49 @@ def _backend(folder: pathlib.Path) -> tokenizers.Tokenizer:
     if not backend.encode(_SAMPLE, add_special_tokens=False).ids:
         raise ValueError(f"{folder}: the vocabulary is missing; {remedy}")
     return backend
+
+
+def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError for special tokens or a chat template of another kind than they have."""
+
+    def refuse(name: str, what: str) -> NoReturn:
+        shown = repr(settings[name])[:60]
+        raise ValueError(
+            f"{folder}: {name}={shown} of tokenizer_config.json must be {what}; correct it"
+        )
+
+    for name in (*_NAMED_TOKENS, "mask_token"):
+        value = settings.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(text, str):
+            refuse(name, "the text of a token")
+    for name in ("add_bos_token", "split_special_tokens"):
+        if settings.get(name) not in (True, False, None):
+            refuse(name, "true or false")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = [one for one in template if isinstance(one, dict) and {"name"} <= one.keys()]
+        texts = [one.get("template") for one in named] if len(named) == len(template) else [None]
+    else:
+        texts = list(template.values()) if isinstance(template, dict) else [template]
+    if template is not None and not all(isinstance(text, str) for text in texts):
+        refuse("chat_template", 'a text, or a list of {"name": ..., "template": ...}')
+
+
+def _eos_ids(folder: pathlib.Path, eos: Any, size: int) -> tuple[int, ...]:
+    """The ids that `eos` names: an id or a list of ids. Raises ValueError for anything else."""
+    if eos is None or eos == []:
+        raise ValueError(
+            f"{folder}: no EOS is named; set 'eos_token_id' in generation_config.json or "
+            "'eos_token' in tokenizer_config.json"
+        )
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    if not all(type(i) is int and 0 <= i < size for i in ids):
+        raise ValueError(
+            f"{folder}: eos_token_id={repr(eos)[:60]} must be an id or a list of ids, each from 0 "
+            f"to the tokenizer's last, {size - 1}; correct generation_config.json or config.json"
+        )
+    return ids
 
 
 def _check_pad(folder: pathlib.Path, pad_id: int, eos_ids: tuple[int, ...], size: int) -> None:
@@ -370,7 +423,7 @@ def _check_pad(folder: pathlib.Path, pad_id: int, eos_ids: tuple[int, ...], size
 
 def _filler(unknown: int | None, special: set[int | None], size: int) -> int:
     """The unknown token, or the lowest id, that is not one of the special ones."""
-    candidates = ([] if unknown is None else [unknown]) + list(range(size))
+    candidates = itertools.chain(() if unknown is None else (unknown,), range(size))
     return next(i for i in candidates if i not in special)
 
 
@@ -397,15 +450,7 @@ def _vocab_size(backend: tokenizers.Tokenizer) -> int:
 
 def _read_json(path: storage.Path) -> dict[str, Any]:
     """The object in `path`, empty where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds no JSON object; restore the file")
-    return found
+    return storage.read_json(path) if path.exists() else {}
 
 
 def _write_json(path: storage.Path, value: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import decode
 from rlhf_jax.sampling.decode import Choose, Guide, Processor, Samples, Sampling
 
+TABLE_BITS = 18  # of the hash table of `distinct_bigrams`, which is 1 MiB
 # A reward on the device: (params, tokens [B, T], attend [B, T], mask [B, T]) -> scores [B].
 Score = Callable[[Any, Array, Array, Array], Array]
 
@@ -266,7 +267,28 @@ def measurements(rollout: Rollout) -> dict[str, Array]:
         "objective/length": jnp.mean(rollout.lengths.astype(jnp.float32)),
         "num_tokens": jnp.sum(rollout.lengths),
         "val/num_eos_tokens": jnp.sum(rollout.finished),
+        "objective/eos_share": jnp.mean(rollout.finished.astype(jnp.float32)),
+        "objective/distinct_bigrams": distinct_bigrams(rollout.tokens, mask),
     }
+
+
+def distinct_bigrams(tokens: Int[Array, "B T"], mask: Float[Array, "B T"]) -> Float[Array, ""]:
+    """Distinct pairs of neighbouring tokens as a share of all pairs of responses; 0 without any.
+
+    Estimated by linear counting (Whang et al. 1990): pairs are hashed into a table, and the number
+    of pairs is read off the share of it that stays empty. Sorting them would gather all responses
+    on one device.
+    """
+    both = mask[:, :-1] * mask[:, 1:]
+    first, second = tokens[:, :-1].astype(jnp.uint32), tokens[:, 1:].astype(jnp.uint32)
+    hashed = (first * jnp.uint32(0x9E3779B1)) ^ (second * jnp.uint32(0x85EBCA77))
+    hashed = (hashed ^ (hashed >> 15)) * jnp.uint32(0x2C1B3C6D)
+    places = (hashed >> (32 - TABLE_BITS)).astype(jnp.int32).reshape(-1)
+    size = 2**TABLE_BITS
+    counts = jnp.zeros(size).at[places].add(both.reshape(-1))
+    empty = jnp.maximum(jnp.mean(counts == 0.0), 1.0 / size)
+    total = jnp.sum(both)
+    return jnp.minimum(-size * jnp.log(empty) / jnp.maximum(total, 1.0), 1.0)
 
 
 def gaps(rollout: Rollout) -> dict[str, Array]:

@@ -193,7 +193,7 @@ def read_verdicts(verdicts: pathlib.Path, name: pathlib.Path, key: Key) -> dict[
 def read_key(path: pathlib.Path) -> Key:
     """Reads the key of a page. Raises ValueError for a file that is not a key."""
     try:
-        key = json.loads(path.read_text(encoding="utf-8"))
+        key = storage.read_json(path)
         return Key(**{name: key[name] for name in Key._fields})
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path}: not a key file; name the one written beside the page") from None

@@ -57,7 +57,7 @@ def respond(
         raise ValueError(f"--output {output}: name a .jsonl file in a folder that exists")
     pretrained = chat.load(model, sampling, dtype)
     rows = [
-        {"prompt": pages.prompt(row, where)} | {k: row[k] for k in ("group",) if k in row}
+        {"prompt": pages.prompt(row, where)} | pages.group(row, where)
         for row, where in builders.load(prompts)
     ]
     answers = texts.generate(

@@ -120,6 +120,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         flat = stacking.split_names(_flat(tree))
+        self._check_room(flat)
         best = self._metric(metrics or {})
         try:
             self._manager.save(
@@ -217,6 +218,19 @@ class Checkpoints:
                     f"{self.folder / str(step)}: {name} is {_shown(stored.get(name))} in the "
                     f"checkpoint but {_shown(wanted.get(name))} in this run; use a new workdir"
                 )
+
+    def _check_room(self, arrays: dict[str, Array]) -> None:
+        """Raises OSError where the disk has no room for them, before Orbax begins to write.
+
+        It would fail only once the disk is full, and with many messages of its threads.
+        """
+        if storage.in_bucket(self.folder):
+            return
+        needed = sum(array.nbytes for array in arrays.values())
+        room = processes.first(lambda: storage.free(self.folder))
+        if room < needed:
+            error = f"No space left: it takes {needed / 2**20:.1f} MiB, {room / 2**20:.1f} are free"
+            raise self._not_written(OSError(error))
 
     def _metric(self, metrics: dict[str, Any]) -> dict[str, Any]:
         if self._best and self._best not in metrics and not self._best.startswith("eval/"):

@@ -20,14 +20,14 @@ from rlhf_jax import sharding
 from rlhf_jax.config import Count, Whole
 from rlhf_jax.models import flops, partition, stacking
 from rlhf_jax.stopping import Stop
-from rlhf_jax.training import checkpoint
+from rlhf_jax.together import Member
 from rlhf_jax.training import state as training
 from rlhf_jax.training.checkpoint import Checkpoints, Clock
 from rlhf_jax.training.metrics import Display, Log
 from rlhf_jax.training.state import TrainState
 
 
-class Config(checkpoint.Config):
+class Config(training.StageConfig):
     """Settings of every supervised run."""
 
     num_steps: Count = 500
@@ -38,9 +38,9 @@ class Config(checkpoint.Config):
     eval_every: Whole = 0  # steps between evaluations; 0 is never
 
     def check(self) -> None:
-        """Raises ValueError for what cannot work together, such as a batch that does not divide."""
+        """Raises ValueError for a batch that does not divide, or a metric that is never there."""
         self.check_best(self.eval_every)
-        training.check_warmup("optimizer", self.optimizer, self.num_steps)
+        training.check_warmup(self.optimizer, self.num_steps, "optimizer")
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of micro_batches="
@@ -70,6 +70,7 @@ class Runtime:
     checkpoints: Checkpoints | None = None
     stage: str | None = None
     stop: Stop = dataclasses.field(default_factory=Stop)
+    together: Member | None = None  # of runs whose online stages are computed together
 
 
 class Outcome(NamedTuple):
@@ -178,7 +179,8 @@ def update(loss_fn: Callable, config: Config, state: TrainState, frozen: dict, b
     optimizer = training.make_optimizer(config.optimizer, config.num_steps)
     rate = training.schedule(config.optimizer, config.num_steps)(state.step)
     loss_of = functools.partial(loss_fn, config)
-    state, metrics = training.gradient_step(loss_of, optimizer, state, frozen, batch)
+    skip = config.on_bad_update == "skip"
+    state, metrics = training.gradient_step(loss_of, optimizer, state, frozen, batch, skip=skip)
     return state, {**metrics, "lr": rate}
 
 

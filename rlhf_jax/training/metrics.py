@@ -30,6 +30,8 @@ from rich.text import Text
 
 from rlhf_jax import chips, storage
 from rlhf_jax.storage import Path
+from rlhf_jax.training import alarms
+from rlhf_jax.training.alarms import Alarm
 from rlhf_jax.training.progress import Progress
 from rlhf_jax.training.speed import Speed
 
@@ -104,6 +106,13 @@ class Log:
             for row in rows:
                 file.write(json_line({"stage": stage, "step": step, **row}))
 
+    def alarm(self, stage: str, step: int, alarm: Alarm) -> None:
+        """Prints what is wrong with a stage, and adds it to alarms.jsonl for the report."""
+        self.print(f"ALARM  {stage}, step {step + 1}: {alarm.name}: {alarm.text}")
+        if self.writes:
+            with storage.Lines(self.folder / "alarms.jsonl") as file:
+                file.write(json_line({"stage": stage, "step": step, **alarm._asdict()}))
+
     def table(self, title: str, rows: list[dict[str, str | float | int]]) -> None:
         """Prints rows as a table, whose columns are the keys of the first row."""
         if not rows:
@@ -139,6 +148,8 @@ class Stage:
         self._log, self._total, self._start, self._check = log, total, start, check
         self._display, self._devices = display, devices
         self._pending: tuple | None = None
+        self._before: list[dict] = []  # the lines of the steps of an earlier process
+        self._alarms: set[str] = set()  # that have been given
         self._written = 0
         self._tracing = False
 
@@ -217,13 +228,16 @@ class Stage:
                 self._board.close()
 
     def _remove_repeated_steps(self) -> float:
-        """Removes steps from `start` on from metrics.jsonl; returns the seconds of those before."""
+        """Removes steps from `start` on from the files; returns the seconds of those before."""
 
         def is_repeated(line: dict) -> bool:
             return line["stage"] == self.name and line["step"] >= self._start
 
         kept = _drop_lines(self._log.folder / "metrics.jsonl", is_repeated)
-        return max((line["seconds"] for line in kept if line["stage"] == self.name), default=0.0)
+        given = _drop_lines(self._log.folder / "alarms.jsonl", is_repeated)
+        self._alarms = {line["name"] for line in given if line["stage"] == self.name}
+        self._before = [line for line in kept if line["stage"] == self.name]
+        return max((line["seconds"] for line in self._before), default=0.0)
 
     def _convert(self, step: int, metrics: dict, tokens, more, check: Check | None) -> None:
         values, tokens = jax.device_get((metrics, tokens))
@@ -245,6 +259,10 @@ class Stage:
         self._progress.show(step, floats, self._speed)
         if check is not None:
             check(step, floats)
+        for alarm in alarms.of_training([*self._before, *self.history]):
+            if alarm.name not in self._alarms:
+                self._alarms.add(alarm.name)
+                self._log.alarm(self.name, step, alarm)
 
     def _scalar(self, name: str, value) -> float:
         array = np.asarray(value)
@@ -378,8 +396,8 @@ def read_lines(path: Path) -> list[dict]:
 def read_object(path: Path, remedy: str) -> dict:
     """The JSON object in a file. Raises ValueError, ending in `remedy`, where it holds none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, not an object; {remedy}")

@@ -29,8 +29,9 @@ MAX_SAMPLES = 24  # prompts whose responses before and after are shown
 def write(folder: Path) -> Path:
     """Writes `report.html` into the folder of a run and returns its path.
 
-    Reads metrics.jsonl, stages.json, samples.jsonl, config.json and summary.json, each of which may
-    be absent. Raises ValueError naming the file and line that this library cannot have written.
+    Reads metrics.jsonl, alarms.jsonl, stages.json, samples.jsonl, config.json and summary.json,
+    each of which may be absent. Raises ValueError naming the file and line that this library
+    cannot have written.
 
     The section of a stage shows its held-out evaluations (metrics named `eval/...`), each before
     the training curve of the same name, then the curves that its `Display` names, then what a
@@ -49,6 +50,7 @@ def write(folder: Path) -> Path:
     summary = flat(_read_object(folder / "summary.json"))
     parts = [
         _header(folder, described),
+        _alarms(read_lines(folder / "alarms.jsonl"), titles),
         _cards(stages, titles, summary),
         *(
             _stage_section(titles[name], curves, displays.get(name), summary)
@@ -145,6 +147,18 @@ def _header(folder: Path, described: dict) -> str:
     line = " · ".join(html.escape(str(fact)) for fact in facts if fact)
     title = html.escape(str(described.get("experiment", folder.name)))
     return f"<header><h1>{title}</h1><p>{line}</p></header>"
+
+
+def _alarms(lines: list[dict], titles: dict[str, str]) -> str:
+    """The first card: what was found wrong with the run, if anything was."""
+    if not lines:
+        return ""
+    listed = "".join(
+        f"<p><b>{html.escape(line['name'])}</b> ({html.escape(titles.get(line['stage'], ''))}, "
+        f"step {line['step'] + 1}): {html.escape(line['text'])}</p>"
+        for line in lines
+    )
+    return f'<div class="card alarm"><h3>Alarms</h3>{listed}</div>'
 
 
 def _cards(stages: dict[str, dict[str, Curve]], titles: dict[str, str], summary: dict) -> str:
@@ -357,6 +371,8 @@ header p { margin: 4px 0 20px; color: var(--soft); font-size: 13px; overflow-wra
 .card b { display: block; margin: 2px 0; font-size: 22px; font-weight: 600;
   font-variant-numeric: tabular-nums; }
 .card p { margin: 0; color: var(--soft); font-size: 13px; }
+.alarm { margin-bottom: 14px; border-color: var(--level); }
+.alarm h3, .alarm b { color: var(--level); } .alarm b { display: inline; font-size: 13px; }
 figure { margin: 0; padding: 12px 12px 6px; }
 figcaption { display: flex; justify-content: space-between; gap: 8px; font-size: 14px; }
 figcaption span { min-width: 0; overflow-wrap: anywhere; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax import config, sharding, shards
 from rlhf_jax.config import Decay, NonNegative, Positive, Share, Whole
 from rlhf_jax.models import partition, stacking
+from rlhf_jax.training import checkpoint
 
 
 class TrainingStopped(RuntimeError):
@@ -20,6 +22,13 @@ class TrainingStopped(RuntimeError):
 
     The last good checkpoint is intact: nothing is saved after the step that is named.
     """
+
+
+class StageConfig(checkpoint.Config):
+    """What every stage is told of its checkpoints, and of updates that are not finite."""
+
+    # "skip": the networks stay as they were, and training goes on; `skipped_updates` counts it.
+    on_bad_update: Literal["stop", "skip"] = "stop"
 
 
 class OptimizerConfig(config.Config):
@@ -41,11 +50,8 @@ class OptimizerConfig(config.Config):
     max_grad_norm: Positive | None = 1.0  # of all gradients of a network; None does not clip
 
 
-def check_warmup(name: str, optimizer: OptimizerConfig, num_updates: int) -> None:
-    """Raises ValueError where a run of `num_updates` ends before its warm-up.
-
-    `name` is the field of the configuration that holds the optimizer.
-    """
+def check_warmup(optimizer: OptimizerConfig, num_updates: int, name: str) -> None:
+    """Raises ValueError for a warm-up that ends after the run; `name` is of the optimizer."""
     if optimizer.warmup_steps > num_updates:
         raise ValueError(
             f"{name}.warmup_steps={optimizer.warmup_steps} is longer than the run of {num_updates} "
@@ -166,12 +172,15 @@ def gradient_step(
     state: TrainState,
     frozen: dict,
     batch: Any,
+    *,
+    skip: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer update. `loss_fn(params, batch) -> (loss [], metrics)`.
 
     `params` is `frozen` and `state.trainable` together, and only the latter is differentiated. A
-    non-finite loss or gradient leaves the state as it was and marks the step; the host finds it in
-    the metrics (`raise_if_bad`). Raises ValueError for a loss that returns anything else.
+    loss, a gradient or updated parameters that are not finite leave the state as it was and mark
+    the step; the host finds it in the metrics (`raise_if_bad`). With `skip` it is not marked, and
+    "skipped_updates" is 1. Raises ValueError for a loss that returns anything else.
     """
 
     def on_trainable(trainable):
@@ -182,17 +191,21 @@ def gradient_step(
     (loss, metrics), grads = jax.value_and_grad(on_trainable, has_aux=True)(state.trainable)
     grads = shards.constrain(grads)
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    good = finite & (state.bad_step < 0)
-    bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
+    # A sum of squares would overflow before its terms do, so it may be too strict and never lax.
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(trainable))
+    good = finite & (state.bad_step < 0)
+    bad = (state.bad_step < 0) & ~finite & (not skip)
+    bad_step = jnp.where(bad, state.step, state.bad_step)
     trainable, opt_state = _keep(good, (trainable, opt_state), (state.trainable, state.opt_state))
     step = state.step + good.astype(jnp.int32)
     norms = {"grad_norm": norm}
     if len(grads) > 1:  # each network is clipped by its own norm
         norms |= {f"grad_norm/{name}": optax.tree.norm(part) for name, part in grads.items()}
     metrics = {"loss": loss, **norms, **metrics, "bad_step": bad_step}
+    if skip:
+        metrics["skipped_updates"] = (~finite).astype(jnp.float32)
     return TrainState(step, trainable, opt_state, bad_step, state.average), metrics
 
 
@@ -218,13 +231,15 @@ def _keep(good: Bool[Array, ""], new, old):
 
 
 def raise_if_bad(step: int, metrics: dict[str, float]) -> None:
-    """Raises TrainingStopped, naming the update, if a loss or gradient was not finite."""
+    """Raises TrainingStopped, naming the update, if its loss, gradient or result was not finite."""
     bad = metrics["bad_step"]
     if bad >= 0:
+        loss, norm = (math.isfinite(metrics.get(name, 0.0)) for name in ("loss", "grad_norm"))
+        what = "gradient" if loss and not norm else "loss" if not loss else "parameters"
         raise TrainingStopped(
-            f"non-finite loss or gradient at update {int(bad)}: the parameters were left as they "
+            f"non-finite {what} at update {int(bad)}: the parameters were left as they "
             "were before it and nothing was saved since; lower the learning rate, or look at the "
-            "batch of that update"
+            'batch of that update (on_bad_update="skip" leaves such updates out)'
         )
 
 

@@ -9,11 +9,15 @@ import typing
 from typing import Any
 
 from rlhf_jax.models import rope, transformer
-from rlhf_jax.models.huggingface import families
+from rlhf_jax.models.huggingface import families, towers
 
 ONE_LABEL = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-# Architectures that are mixtures of experts, so that the error can say why they are refused.
-MIXTURES = re.compile(r"MoE|Moe|Mixtral|Dbrx|Deepseek|GptOss|Jamba|Llama4|Grok|Arctic|Ernie4_5_")
+# Architectures and types of models that are mixtures of experts, and fields that count experts.
+MIXTURES = re.compile(
+    r"MoE|Moe|moe|Mixtral|mixtral|Dbrx|dbrx|Deepseek|deepseek|GptOss|gpt_oss|Jamba|jamba|Llama4"
+    r"|llama4|Grok|grok|Arctic|arctic|Ernie4_5_"
+)
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -38,16 +42,57 @@ def family_of(fields: dict[str, Any], file: str = "config.json") -> tuple[famili
     Raises ValueError, naming `file`, for any other architecture.
     """
     names = fields.get("architectures")
+    known = ", ".join(x for one in families.FAMILIES for x in (one.causal, one.classifier))
+    experts = _experts(fields)
+    if experts:
+        raise ValueError(
+            f"{file}: architectures={names} is not supported (a mixture of experts, none of which "
+            f"is built: {experts}); these are: {known}"
+        )
     for family in families.FAMILIES:
         if names in ([family.causal], [family.classifier]):
             # As in transformers' auto classes a Mistral with layer_types is a Ministral.
             ministral = family is families.MISTRAL and "layer_types" in fields
             return families.MINISTRAL if ministral else family, names == [family.classifier]
-    known = [x for family in families.FAMILIES for x in (family.causal, family.classifier)]
-    mixture = isinstance(names, list) and any(MIXTURES.search(str(name)) for name in names)
-    why = " (a mixture of experts, none of which is built)" if mixture else ""
     raise ValueError(
-        f"{file}: architectures={names} is not supported{why}; these are: {', '.join(known)}"
+        f"{file}: architectures={names} is not supported; these are: {known}; and of a model of "
+        f"text and images or sound, to be trained without an adapter: {', '.join(towers.WRAPPERS)}"
+    )
+
+
+def _experts(fields):
+    """Which field says that the model, or its text tower, is a mixture of experts; "" if none."""
+    text = fields.get("text_config")
+    for part in (fields, text if isinstance(text, dict) else {}):
+        names = part.get("architectures")
+        names = names if isinstance(names, list) else []
+        for name, value in [("model_type", part.get("model_type"))] + [
+            ("architectures", name) for name in names
+        ]:
+            if isinstance(value, str) and MIXTURES.search(value):
+                return f"{name}={value!r}"
+        for name in EXPERTS:
+            if part.get(name) not in (None, 0, False):
+                return f"{name}={part[name]!r:.60}"
+    return ""
+
+
+def text_fields(fields: dict[str, Any], file: str = "config.json") -> dict[str, Any]:
+    """The fields of the language model that a parsed `config.json` describes.
+
+    These are the fields themselves, or those of the text tower of a model that is more than a
+    language model (see `towers`). Raises ValueError, naming `file`, for a tower that is not built.
+    """
+    experts, tower = _experts(fields), towers.fields_of(fields, file)
+    if tower is None or experts:
+        return fields  # `family_of` says what is wrong with it
+    name, text = tower
+    for family in families.FAMILIES:
+        if family.model_type == name:
+            return text | {"architectures": [family.causal], "model_type": name}
+    built = ", ".join(family.model_type for family in families.FAMILIES)
+    raise ValueError(
+        f"{file}: text_config.model_type={name!r} is not supported; these are: {built}"
     )
 
 
@@ -64,6 +109,7 @@ def config_from(
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: products are computed in 'float32' or 'bfloat16'")
+    fields = text_fields(fields, file)
     family, classifier = family_of(fields, file)
     _refuse(family, fields, classifier, file)
     hints = typing.get_type_hints(transformer.Config)

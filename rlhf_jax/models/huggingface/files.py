@@ -15,6 +15,7 @@ import safetensors.numpy
 from rlhf_jax import storage
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_CHECKED_AT_ONCE = 2**22  # numbers
 PICKLED = re.compile(r"pytorch_model.*\.bin|.*\.(pt|pth|ckpt)")
 
 
@@ -25,17 +26,16 @@ class Stored(NamedTuple):
     handle: Any  # of safetensors: `handle[:]` reads the tensor, `handle.get_shape()` does not
 
 
-def read_json(file: storage.Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError, naming the file, if it does not hold one."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{error.lineno}: not JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error.reason})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{file}: must hold a JSON object, not a {type(record).__name__}")
-    return record
+def check_finite(file: pathlib.Path, name: str, array: np.ndarray) -> None:
+    """Raises ValueError, naming file and tensor, for an array that holds NaN or infinity."""
+    # By parts, so that the answers of a large tensor take little memory.
+    rows = max(1, _CHECKED_AT_ONCE * len(array) // max(array.size, 1)) if array.ndim else 1
+    parts = [array[i : i + rows] for i in range(0, len(array), rows)] if array.ndim else [array]
+    if not all(np.isfinite(part).all() for part in parts):
+        raise ValueError(
+            f"{file}: tensor {name} holds NaN or infinity as {array.dtype}; no training can repair "
+            "that: fetch the file again, or go back to an earlier export"
+        )
 
 
 def write_json(file: storage.Path, record: dict[str, Any]) -> None:
@@ -66,14 +66,14 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
         )
     record, adapter = folder / "config.json", folder / ADAPTER_FILES[0]
     if not record.is_file() and adapter.is_file():
-        base = read_json(adapter).get("base_model_name_or_path")
+        base = storage.read_json(adapter).get("base_model_name_or_path")
         raise ValueError(
             f"{folder}: an adapter of {base}, not a model; load {base}, then "
             "load_adapter(folder, model, like=its folder)"
         )
     if not record.is_file():
         raise ValueError(f"{record}: no such file, so {folder} is not a model folder")
-    return read_json(record)
+    return storage.read_json(record)
 
 
 def open_folder(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
@@ -82,21 +82,27 @@ def open_folder(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, 
     Raises ValueError for pickled weights, damaged files, and an index that its files contradict.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    for file in (single, index):
+        storage.check_file(file)
     if single.is_file():
         return open_file(single, stack)
     if not index.is_file():
         pickled = [x for x in sorted(folder.iterdir()) if PICKLED.fullmatch(x.name)]
         if pickled:
-            raise ValueError(
-                f"{pickled[0]}: pickled weights are not read (a pickle can run any code); convert "
-                "them once with transformers' save_pretrained, which writes model.safetensors"
-            )
+            raise _pickled(pickled[0])
         raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
-    file_of = read_json(index).get("weight_map")
+    file_of = storage.read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(x, str) for x in file_of.values()):
         raise ValueError(f"{index}: weight_map must map tensor names to file names")
     stored = {}
     for name in sorted(set(file_of.values())):
+        if not storage.names_inside(name):
+            raise ValueError(
+                f"{index}: names the file {name!r:.80}, which is outside its folder; an index "
+                "names files beside it: fetch the model again"
+            )
+        if PICKLED.fullmatch(pathlib.PurePath(name).name):
+            raise _pickled(folder / name)
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: no such file, but {index.name} names it")
         stored.update(open_file(folder / name, stack))
@@ -104,6 +110,13 @@ def open_folder(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, 
         if tensor not in stored or stored[tensor].file != folder / name:
             raise ValueError(f"{index}: places {tensor} in {name}, which does not hold it")
     return stored
+
+
+def _pickled(file: pathlib.Path) -> ValueError:
+    return ValueError(
+        f"{file}: pickled weights are not read (a pickle can run any code); convert them once with "
+        "transformers' save_pretrained, which writes model.safetensors"
+    )
 
 
 def open_file(file: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Stored]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhf_jax import processes, sharding, storage
 from rlhf_jax.models import lora, transformer
-from rlhf_jax.models.huggingface import configurations, families, files
+from rlhf_jax.models.huggingface import configurations, families, files, towers
 
 READ_DTYPES = ("F32", "BF16", "F16")  # as safetensors calls the types that float32 can hold
 WRITTEN_DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
@@ -41,28 +41,25 @@ def load(
     transformers scores the last token that is not `pad_token_id`, `heads.sequence_scores` the last
     one where `attend` is 1; where EOS is also the padding, these are different tokens.
 
+    Of a model of text and images or sound (Gemma 3, LLaVA and others, see `towers`) the language
+    model is read, and `save` writes it as one.
+
     Raises ValueError, naming file and tensor, for a folder that holds no model, an architecture or
     setting that is not supported, pickled weights, a damaged file, and a tensor that is missing,
-    unknown, of another shape, or of a type other than float32, bfloat16 and float16.
+    unknown, of another shape, of a type other than float32, bfloat16 and float16, or not finite.
     """
     if store not in ("float32", "bfloat16"):
         raise ValueError(f"store={store!r}: parameters are kept in 'float32' or 'bfloat16'")
     folder = pathlib.Path(folder)
     config, fields = shape(folder, dtype), files.read_config(folder)
-    family, classifier = configurations.family_of(fields)
-
-    def init(key):
-        model = transformer.init(config, key)
-        if classifier:
-            model = transformer.with_score_head(transformer.without_lm_head(model), None)
-        return model.weights
-
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    text = configurations.text_fields(fields)
+    family, classifier = configurations.family_of(text)
+    shapes = jax.eval_shape(functools.partial(_weights, config, classifier), jax.random.key(0))
     leaves = _by_path(shapes)
     shardings = _by_path(sharding.tree(mesh, shapes)) if mesh else dict.fromkeys(leaves)
     arrays = {}
     with contextlib.ExitStack() as stack:
-        stored = _named_as(family, files.open_folder(folder, stack))
+        stored = _named_as(family, files.open_folder(folder, stack), text is not fields)
         groups = families.groups(family, list(leaves))
         _check(folder, stored, family, groups, leaves)
         if config.tied and not classifier:
@@ -70,11 +67,11 @@ def load(
         for name, paths in groups.items():
             where = {path: shardings[path] for path in paths}
             if mesh and len(paths) == 1:
-                arrays |= _read_slices(stored[name], family, where, store)
+                arrays |= _read_slices(name, stored[name], family, where, store)
             else:
                 widths = [leaves[path].shape[-1] for path in paths]
                 split = functools.partial(families.split, family, paths, widths, config.num_heads)
-                arrays |= _read(stored[name], split, where, store)
+                arrays |= _read(name, stored[name], split, where, store)
     if classifier:
         arrays["score/bias"] = _put(np.zeros((1,), store), shardings["score/bias"])
 
@@ -99,12 +96,21 @@ def _by_path(tree):
     return {sharding.path_name(path): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
-def _named_as(family, stored):
-    """The stored tensors under the names that the whole model has in transformers 4.
+def _weights(config, classifier, key):
+    """Random weights of the model that is read."""
+    model = transformer.init(config, key)
+    if classifier:
+        model = transformer.with_score_head(transformer.without_lm_head(model), None)
+    return model.weights
+
+
+def _named_as(family, stored, is_tower):
+    """The stored tensors, or those of a tower, under the names that transformers 4 has for them.
 
     Some files hold a model without its head and leave out the prefix of its names; transformers 5
     calls the head of every family lm_head.
     """
+    stored = towers.tensors_of(stored) if is_tower else stored
     prefix = family.modules["embed"].split(".")[0] + "."
     if not any(name.startswith(prefix) for name in stored):
         heads = tuple(family.modules[x] for x in ("head", "score"))
@@ -151,7 +157,7 @@ def _check_tied(stored, family):
         )
 
 
-def _read_slices(stored, family, shardings, store):
+def _read_slices(name, stored, family, shardings, store):
     """The one array, by its path, that a stored tensor holds; only this process's slices are read.
 
     (A tensor that joins several arrays is read whole, by `_read`.)
@@ -165,6 +171,7 @@ def _read_slices(stored, family, shardings, store):
         bounds = tuple(part.indices(size) for part, size in zip(stored_index, shape))
         if bounds not in read:  # devices may hold the same slice
             part = stored.handle[stored_index].astype(store, copy=False)
+            files.check_finite(stored.file, name, part)
             read[bounds] = part.T if transposed else part
         return read[bounds]
 
@@ -172,12 +179,14 @@ def _read_slices(stored, family, shardings, store):
     return {path: jax.make_array_from_callback(shape_here, where, piece)}
 
 
-def _read(stored, split, shardings, store):
+def _read(name, stored, split, shardings, store):
     """The model's arrays, by path, that one stored tensor holds.
 
     A function of its own, so that the host's copy of the tensor is freed before the next is read.
     """
-    parts = split(stored.handle[:].astype(store, copy=False))
+    whole = stored.handle[:].astype(store, copy=False)
+    files.check_finite(stored.file, name, whole)
+    parts = split(whole)
     return {path: _put(part, where) for part, (path, where) in zip(parts, shardings.items())}
 
 
@@ -248,8 +257,8 @@ def _copy_generation_config(like, folder):
     """The generation settings of the model this one came from, where `folder` does not say them."""
     before, here = (x / "generation_config.json" for x in (like, folder))
     if before.is_file():
-        own = files.read_json(here) if here.exists() else {}
-        files.write_json(here, files.read_json(before) | own)
+        own = storage.read_json(here) if here.exists() else {}
+        files.write_json(here, storage.read_json(before) | own)
 
 
 def choose_head(
@@ -283,6 +292,7 @@ def _export_fields(model, like, classifier, extra):
         record |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     else:
         record = like if isinstance(like, dict) else files.read_config(pathlib.Path(like))
+        record = configurations.text_fields(record, "like")
         described = configurations.config_from(record, "like")
         if described != transformer.as_stored(model.config):
             this = dataclasses.asdict(transformer.as_stored(model.config))

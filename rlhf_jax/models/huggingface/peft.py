@@ -234,7 +234,9 @@ def load_adapter(
     if lora.has_adapter(model):
         raise ValueError("the model has an adapter already; load this one onto its base")
     family, _ = configurations.family_of(files.read_config(pathlib.Path(like)))
-    settings = files.read_json(record)
+    settings = storage.read_json(record)
     with contextlib.ExitStack() as stack:
         tensors = {name: x.handle[:] for name, x in files.open_file(file, stack).items()}
+    for name, tensor in tensors.items():
+        files.check_finite(file, name, tensor)
     return from_peft(model, family, settings, tensors, (str(record), str(file)))

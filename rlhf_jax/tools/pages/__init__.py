@@ -47,14 +47,13 @@ def read(source: pathlib.Path, fields: Sequence[str] = ("before", "after")) -> l
     """
     if source.is_dir():
         source = source / "samples.jsonl"
+    storage.check_file(source)
     if not source.is_file():
         raise ValueError(f"{source}: no such file; name a file of answers or a run's folder")
     joined: dict[str, Answers] = {}
     for row, where in builders.load(source):
-        found, group = prompt(row, where), row.get("group", "")
-        if not isinstance(group, str):
-            raise ValueError(f"{where}: 'group' must be a string, got {group!r:.60}")
-        entry = joined.setdefault(json.dumps(found), Answers(found, [], group))
+        found, named = prompt(row, where), group(row, where).get("group", "")
+        entry = joined.setdefault(json.dumps(found), Answers(found, [], named))
         entry.responses.extend(_responses(row, where, fields))
     return list(joined.values())
 
@@ -67,13 +66,35 @@ def prompt(row: dict[str, Any], where: str) -> Prompt:
     messages = found if isinstance(found, list) else []
     strings = [m.get(k) for m in messages if isinstance(m, dict) for k in ("role", "content")]
     if messages and len(strings) == 2 * len(messages) and all(isinstance(x, str) for x in strings):
+        _check_utf8("".join(strings), where)
         return found
     if not isinstance(found, str):
         raise ValueError(
             f"{where}: 'prompt' must be a string or a list of messages, each with 'role' and "
             f"'content', got {found!r:.60}"
         )
+    _check_utf8(found, where)
     return found
+
+
+def group(row: dict[str, Any], where: str) -> dict[str, str]:
+    """The field `group` of a row, where it has one. Raises ValueError unless that is text."""
+    if "group" not in row:
+        return {}
+    found = row["group"]
+    if not isinstance(found, str):
+        raise ValueError(f"{where}: 'group' must be a string, got {found!r:.60}")
+    _check_utf8(found, where)
+    return {"group": found}
+
+
+def _check_utf8(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: a text holds half a surrogate pair; write the text as valid UTF-8"
+        ) from None
 
 
 def _responses(row: dict[str, Any], where: str, fields: Sequence[str]) -> list[str]:
@@ -88,6 +109,7 @@ def _responses(row: dict[str, Any], where: str, fields: Sequence[str]) -> list[s
     for response in found:
         if not isinstance(response, str):
             raise ValueError(f"{where}: an answer must be a string, got {response!r:.60}")
+        _check_utf8(response, where)
     return found
 
 
