@@ -98,7 +98,7 @@ class Config:
             whole = type(value) is int and abs(value) <= MAX_FLOAT
             if whole and _is_traced(hint) and not _is_seed(hint):
                 object.__setattr__(self, name, float(value))
-            _check_field(name, vars(self)[name], hint)
+            check_field(name, vars(self)[name], hint)
         if _has_values(self):
             self.check()
 
@@ -149,8 +149,8 @@ def _has_values(config: Config) -> bool:
     return True
 
 
-def _check_field(name: str, value: Any, hint) -> None:
-    """Raises ValueError if no member of the field's type accepts the value."""
+def check_field(name: str, value: Any, hint) -> None:
+    """Raises ValueError if no member of the type `hint` accepts the value of the field `name`."""
     rules = [_broken_rule(value, option) for option in _options(hint)]
     if all(rules):
         # Python writes no whole number of more than 4300 digits.

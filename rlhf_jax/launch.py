@@ -176,6 +176,8 @@ def _prepare(run: Callable, flags, stop: Stop) -> tuple[Context, dict]:
     experiment = experiment_name(run)
     if flags.workdir is None:
         folder = workdir.new_folder(experiment)
+    elif not flags.workdir.strip():
+        raise ValueError("--workdir is the empty text; name a folder, or leave the flag out")
     else:
         folder = storage.path(flags.workdir)
     log = Log(folder, profile_steps=flags.profile)

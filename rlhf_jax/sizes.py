@@ -8,6 +8,8 @@ and whether it fits, is told by `--plan`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import jax
 
 from rlhf_jax import chips, online_config
@@ -35,7 +37,7 @@ def check_model(
     """Raises ValueError for a model that could never lie on the devices of the mesh."""
     count = num_weights(shape)
     sizes = ", ".join(f"{name}={vars(shape)[name]}" for name in _SHAPE)
-    _check(f"a model of {count:.2g} weights ({sizes})", bytes_per_weight * count, mesh)
+    _check(f"a model of {count:.2g} weights ({sizes})", bytes_per_weight * count, mesh.devices.flat)
 
 
 _SHAPE = ("vocab_size", "num_layers", "d_model", "num_heads", "head_dim", "d_ff", "max_length")
@@ -58,17 +60,26 @@ def check_stage(
         said = f"{name}.batch_size={rows}"
     else:
         rows, slices = config.num_responses, config.num_minibatches * config.micro_batches
-        # Keys and values of every response, for all of its tokens, while it is drawn.
-        drawn = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * _HALF
-        drawn *= config.sampling.max_new_tokens
+        drawn = _cache(shape, config.sampling.max_new_tokens)
         said = f"{name}.batch_size * samples_per_prompt = {rows}"
     hidden = rows // slices * longest * shape.d_model * _HALF  # of one forward pass
     need = rows * (longest * _TOKEN + drawn) + hidden
-    _check(f"{said} rows of {longest} tokens", need, mesh)
+    _check(f"{said} rows of {longest} tokens", need, mesh.devices.flat)
 
 
-def _check(what: str, need: int, mesh: jax.sharding.Mesh) -> None:
-    memory = chips.memory(list(mesh.devices.flat))
+def check_drawn(name: str, rows: int, length: int, shape: transformer.Config) -> None:
+    """Raises ValueError where so many answers of `length` tokens could never be drawn together."""
+    need = rows * (length * _TOKEN + _cache(shape, length))
+    _check(f"{name}={rows} answers of {length} tokens", need, jax.devices())
+
+
+def _cache(shape: transformer.Config, length: int) -> int:
+    """Bytes of the keys and values of one response, for all of its tokens, while it is drawn."""
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * length * _HALF
+
+
+def _check(what: str, need: int, devices: Iterable[jax.Device]) -> None:
+    memory = chips.memory(list(devices))
     if memory is not None and need > MARGIN * memory:
         raise ValueError(
             f"{what} needs {need / chips.GIB:.3g} GiB at the very least, but the devices have "

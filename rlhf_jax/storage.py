@@ -58,6 +58,27 @@ def check_file(file: Path) -> None:
         )
 
 
+def check_output(option: str, file: Path, *inputs: Path) -> None:
+    """Raises ValueError, before any work is done, where `file` cannot be written.
+
+    `option` is what the user names it by. A file that is there is replaced, but no folder, pipe or
+    device, and none of the `inputs` that the work is done on.
+    """
+    if file.is_dir():
+        raise ValueError(f"{option} {file}: a folder; name a file in it")
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{option} {file}: a pipe or a device, not a file; name a file")
+    if not file.parent.is_dir():
+        raise ValueError(f"{option} {file}: {file.parent} is not a folder; create it first")
+    if not in_bucket(file) and not os.access(file.parent, os.W_OK):
+        raise ValueError(
+            f"{option} {file}: nothing can be written into {file.parent}; name another"
+        )
+    for given in inputs:
+        if file.exists() and given.exists() and file.resolve() == given.resolve():
+            raise ValueError(f"{option} {file} would replace what is read; name another file")
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file in UTF-8, with or without a byte order mark.
 
@@ -89,8 +110,12 @@ def write(file: Path, content: str | bytes) -> None:
         file.write_bytes(content)
         return
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    except BaseException:  # a full disk, a folder of this name, ctrl-C
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def remove(folder: Path) -> None:

@@ -21,13 +21,13 @@ import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from rlhf_jax import sharding
+from rlhf_jax import config, sharding, sizes
 from rlhf_jax.data import batches, schema
 from rlhf_jax.data.schema import Message
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -45,6 +45,9 @@ Prompt = str | Sequence[Message | Mapping[str, str]]  # a text, or messages
 MIN_WIDTH = 32  # tokens; shorter rows are padded to this width
 CONTEXT = 16  # tokens at the end of the prompt that are decoded together with the answer
 DEFAULTS = Sampling()
+
+
+Samples = Annotated[int, config.Range(1, 1_000_000)]  # answers to one prompt
 
 
 def generate(
@@ -69,11 +72,12 @@ def generate(
     first one waits for the compiler.
 
     Raises ValueError, naming the prompt by its number from 0, where it has no tokens or leaves no
-    room for `sampling.max_new_tokens`, for messages without a chat template, and where the mesh of
-    the model does not divide the batch.
+    room for `sampling.max_new_tokens`, for messages without a chat template, where the mesh of the
+    model does not divide the batch, and for numbers that are out of range.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be 1 or more")
+    config.check_field("seed", seed, config.Seed)
+    config.check_field("num_samples", num_samples, Samples)
+    sizes.check_drawn("batch_size", batch_size, sampling.max_new_tokens, model.config)
     check_vocabulary(sampling, model.config.vocab_size)
     ids, asked = _read(model, tokenizer, prompts, sampling, raw_prompts)
     rows = [

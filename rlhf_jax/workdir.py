@@ -93,10 +93,14 @@ def compare(folder: Path, run: dict) -> dict | None:
             )
         return None
     before = read_object(folder / "config.json", "name a new --workdir")
-    if not {"experiment", "config"} <= before.keys():
+    kinds = {"experiment": str, "config": dict}
+    if any(type(before.get(name)) is not kind for name, kind in kinds.items()):
         raise ValueError(
-            f"{folder / 'config.json'}: 'experiment' or 'config' is missing; name a new --workdir"
+            f"{folder / 'config.json'}: 'experiment' or 'config' is missing, or not what a run "
+            "writes there; name a new --workdir"
         )
+    if type(before.get("contents", {})) is not dict:
+        raise ValueError(f"{folder / 'config.json'}: 'contents' is no object; name a new --workdir")
     old, new = _settings(before, run), _settings(run, before)
     # A setting that the library did not have yet when the folder was written was off.
     new = {name: x for name, x in new.items() if name in old or x not in (None, [], "")}

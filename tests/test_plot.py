@@ -104,7 +104,7 @@ def test_help_says_what_the_program_does(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["figure.png", "nowhere"], "its metrics.jsonl holds no line with objective/gold"),
+        (["figure.png", "nowhere"], "nowhere: no run; name the folder of one"),
         (["figure.pdf", "nowhere"], "figure.pdf: the figure is a PNG image"),
         (["figure.png"], "no run is named"),
     ],

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from rlhf_jax import folders, texts
+from rlhf_jax import config, folders, texts
 from rlhf_jax.data import chat as templates
 from rlhf_jax.data.schema import Message
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -192,6 +192,7 @@ def chat(
         system: system message, placed before the first turn
         dtype: type of matrix products
     """
+    config.check_field("seed", seed, config.Seed)
     pretrained = load(model, sampling, dtype)
     opening = [{"role": "system", "content": system}] if system else []
     messages, turn, terminal = list(opening), 0, sys.stdin.isatty()

@@ -64,6 +64,9 @@ def page(
         raise ValueError(
             f"{len(answers)} sources of answers are named; name two files, or the folder of one run"
         )
+    pages.check_output(output, *answers)
+    key = output.with_suffix(".key.json")
+    storage.check_output("--output, beside which the key is,", key, *answers)
     first, second = pages.read(answers[0], ["before"]), pages.read(answers[-1], ["after"])
     sides, items, equal = [], [], []
     seed = secrets.randbits(63) if seed is None else seed
@@ -79,7 +82,6 @@ def page(
             f"all {len(equal)} pairs of answers are equal, so there is nothing to judge; compare "
             "two checkpoints that answer differently"
         )
-    key = output.with_suffix(".key.json")
     name = pages.write(output, "A / B", {"kind": "judge", "scale": None, "items": items})
     storage.write(key, json.dumps(Key(name, sides, equal)._asdict(), indent=1) + "\n")
     print(
@@ -193,10 +195,16 @@ def read_verdicts(verdicts: pathlib.Path, name: pathlib.Path, key: Key) -> dict[
 def read_key(path: pathlib.Path) -> Key:
     """Reads the key of a page. Raises ValueError for a file that is not a key."""
     try:
-        key = storage.read_json(path)
-        return Key(**{name: key[name] for name in Key._fields})
+        read = storage.read_json(path)
+        key = Key(**{name: read[name] for name in Key._fields})
+        kinds = {(type(side["group"]), side["second"] in VERDICTS[:2]) for side in key.sides}
+        kinds |= {(type(pair["group"]), type(pair["before"]) is int) for pair in key.equal}
+        is_key = type(key.page) is str and kinds <= {(str, True)}
     except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{path}: not a key file; name the one written beside the page") from None
+        is_key = False
+    if not is_key:
+        raise ValueError(f"{path}: not a key file; name the one written beside the page")
+    return key
 
 
 def rate(outcomes: list[str]) -> Rate:

@@ -53,6 +53,7 @@ def label(
     """
     if not 2 <= scale <= 10:
         raise ValueError(f"--scale {scale}: the highest score must be a number from 2 to 10")
+    pages.check_output(output, answers)
     found = pages.read(answers)
     unique = [(prompt, distinct(responses)) for prompt, responses, _ in found]
     least = 1 if task == "score" else 2

@@ -39,8 +39,12 @@ def plot(
     file, folders = storage.path(figure), [storage.path(run) for run in runs]
     if file.suffix != ".png":
         raise ValueError(f"{figure}: the figure is a PNG image; give it a name that ends in .png")
+    if not metrics:
+        raise ValueError("--metrics names none; leave it out for the gold score and the KL")
     if not runs:
         raise ValueError("no run is named; give at least one folder of a run after the figure")
+    if file.parent.exists():
+        storage.check_output("figure", file)
     if stages:
         curves = [
             Curve(stage, [read(folder, panels, stage) for folder in folders]) for stage in stages

@@ -22,7 +22,7 @@ from typing import Annotated
 
 import tyro
 
-from rlhf_jax import storage, texts
+from rlhf_jax import config, storage, texts
 from rlhf_jax.data import builders
 from rlhf_jax.launch import command
 from rlhf_jax.models.transformer import Precision
@@ -53,8 +53,10 @@ def respond(
         dtype: type of matrix products
         raw_prompts: continue texts as they stand, even if the tokenizer has a chat template
     """
-    if output.suffix != ".jsonl" or not output.parent.is_dir():
-        raise ValueError(f"--output {output}: name a .jsonl file in a folder that exists")
+    if output.suffix != ".jsonl":
+        raise ValueError(f"--output {output}: answers are lines of JSON; name a .jsonl file")
+    storage.check_output("--output", output, prompts)
+    config.check_field("seed", seed, config.Seed)
     pretrained = chat.load(model, sampling, dtype)
     rows = [
         {"prompt": pages.prompt(row, where)} | pages.group(row, where)

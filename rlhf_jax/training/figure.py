@@ -27,7 +27,10 @@ def read(run: Path, panels: dict[str, str], stage: str | None = None) -> list[di
     With `stage` only those of this stage. Raises ValueError where there is no such line. Raises it
     too where lines of several stages would be one curve.
     """
+    if not (run / "metrics.jsonl").exists():
+        raise ValueError(f"{run}: no run; name the folder of one, with its metrics.jsonl")
     lines = [x for x in read_lines(run / "metrics.jsonl") if panels.keys() <= x.keys()]
+    lines = [x | {name: _number(run, x, name) for name in panels} for x in lines]
     found = list(dict.fromkeys(x["stage"] for x in lines))
     if not lines:
         why = (
@@ -47,6 +50,19 @@ def read(run: Path, panels: dict[str, str], stage: str | None = None) -> list[di
         what = "both curves" if len(panels) == 2 else " and ".join(panels)
         raise ValueError(f"{run}: no stage {stage!r} has {what}, but {names}")
     return [x for x in lines if stage in (None, x["stage"])]
+
+
+def _number(run: Path, line: dict, name: str) -> float:
+    """A metric of a line, where NaN and infinities are texts (`metrics.plain`)."""
+    value = line[name]
+    if value in ("NaN", "Infinity", "-Infinity"):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(
+            f"{run}: {name!r} of {line['stage']}, step {line['step']} is {value!r:.40}, and no "
+            "number that could be drawn; name others by --metrics"
+        )
+    return value
 
 
 def draw(curves: Sequence[Curve], panels: dict[str, str]) -> bytes:

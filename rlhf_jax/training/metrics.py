@@ -380,6 +380,7 @@ def read_lines(path: Path) -> list[dict]:
     """
     if not path.exists():
         return []
+    storage.check_file(path)
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     parsed = []
     for number, line in enumerate(lines, start=1):
@@ -395,6 +396,7 @@ def read_lines(path: Path) -> list[dict]:
 
 def read_object(path: Path, remedy: str) -> dict:
     """The JSON object in a file. Raises ValueError, ending in `remedy`, where it holds none."""
+    storage.check_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -126,15 +126,15 @@ def identity(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def write(path: pathlib.Path, title: str, content: dict[str, Any]) -> str:
-    """Writes the page of `content` (kind, scale, items) and returns its identity.
-
-    Raises ValueError where the folder does not exist or the name does not end in .html.
-    """
+def check_output(path: pathlib.Path, *inputs: pathlib.Path) -> None:
+    """Raises ValueError where no page can be written there, or it would replace what is read."""
     if path.suffix != ".html":
         raise ValueError(f"--output {path}: the page is HTML; give it a name that ends in .html")
-    if not path.parent.is_dir():
-        raise ValueError(f"--output {path}: {path.parent} is not a folder; create it first")
+    storage.check_output("--output", path, *inputs)
+
+
+def write(path: pathlib.Path, title: str, content: dict[str, Any]) -> str:
+    """Writes the page of `content` (kind, scale, items) and returns its identity."""
     name = identity(content)
     kind = "verdicts" if content["kind"] == "judge" else "labels"
     data = content | {"hash": name, "file": f"{path.stem}.{kind}.jsonl"}
