@@ -15,6 +15,7 @@ LAYERS = {
     "tools": 6,
     "tasks": 6,
     "launch.py": 5,
+    "flags.py": 5,
     "workdir.py": 5,
     "pipeline.py": 5,
     "evaluation.py": 5,
