@@ -12,7 +12,7 @@ from rlhf_jax import launch
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import huggingface, lora, transformer
 from rlhf_jax.sampling import Sampling
-from rlhf_jax.tasks import own_data
+from rlhf_jax.tasks import own_files
 
 pytestmark = pytest.mark.usefixtures("caches")
 ONE_DEVICE = ["--mesh", "data=1,fsdp=1,tensor=1"]
