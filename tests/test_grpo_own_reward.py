@@ -63,7 +63,7 @@ def test_a_pretrained_model_is_tuned_measured_and_exported(
 ):
     model = str(real_data / "models" / "stories260K")
     # A plan cannot read the tokenizer; the ids that end a text are constants of its programs.
-    monkeypatch.setattr(own_data, "ENDS", tokenizers.from_folder(model).ends)
+    monkeypatch.setattr(own_files, "ENDS", tokenizers.from_folder(model).ends)
     config = small(program, model=model, prompts=prompts)
     summary = start(program, config, tmp_path / "run")
     assert {"score_before", "score_after", "kl"} <= summary["grpo"].keys()
