@@ -42,7 +42,7 @@ def parse(config: Config, argv: list[str] | None):
     if "--help-all" in argv:
         argv = ["--help"]
     elif {"--help", "-h"} & set(argv):
-        print(short_help(config, _texts(kind, options), about))
+        print(short_help(config, about))
         raise SystemExit(0)
     return tyro.cli(kind, args=argv, **options)
 
@@ -104,13 +104,13 @@ def _kind(config: Config) -> type:
 # --------------------------------------------------------------------------------- the short help
 
 
-def short_help(config: Config, texts: dict[str, tuple[str, str]], about: str) -> str:
-    """What `--help` prints; `texts` are (usage, text) of every flag by its name.
+def short_help(config: Config, about: str) -> str:
+    """What `--help` prints of an experiment with this configuration and docstring.
 
     It fits `LINES`: where an experiment sets too much, the settings inside of a stage's own parts
     (its optimizers, its sampling) are left out, and then the stages for which there is no room.
     """
-    paragraphs = about.split("\n\n")
+    texts, paragraphs = _texts(_kind(config)), about.split("\n\n")
     lines = ["\n\n".join(paragraphs[:3]), "", "flags:", *_listed(USUAL, texts), "", "settings:"]
     settings = dict(_settings(config))
     lines += _listed([name for name in settings if "." not in name], texts)
@@ -152,11 +152,11 @@ def _listed(names: Iterable[str], texts: dict[str, tuple[str, str]]) -> list[str
     return [line[:COLUMNS] for line in lines]
 
 
-def _texts(kind: type, options: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """(usage, text) of every flag, read from the whole help."""
+def _texts(kind: type) -> dict[str, tuple[str, str]]:
+    """(usage, text) of every flag by its name, read from the whole help."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        tyro.cli(kind, args=["--help"], **options | {"description": ""})
+        tyro.cli(kind, args=["--help"], description="", config=(tyro.conf.AvoidSubcommands,))
     found: dict[str, tuple[str, str]] = {}
     name = None
     for line in printed.getvalue().splitlines():
