@@ -40,11 +40,11 @@ from rlhf_jax.launch import Context, launch
 from rlhf_jax.models import huggingface
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.sampling import Sampling
-from rlhf_jax.tasks import own_data
+from rlhf_jax.tasks import own_files
 from rlhf_jax.training.state import OptimizerConfig
 
 
-class Config(own_data.Common):
+class Config(own_files.Common):
     """Which model is tuned on which preferences, and how."""
 
     dpo: dpo.Config = dpo.Config(
@@ -67,9 +67,9 @@ class Data(NamedTuple):
 
 def read(config: Config, tokenizer: Tokenizer) -> Data:
     """Reads the file of preferences. Raises ValueError for an unusable one."""
-    file = own_data.open_file(config, config.preferences, config.preferences_format)
-    own_data.check_prompts(config, tokenizer.chat_template is not None, None, [file])
-    examples = functools.partial(own_data.tokenised, config, tokenizer)
+    file = own_files.open_file(config, "preferences")
+    own_files.check_prompts(config, tokenizer.chat_template is not None, None, [file])
+    examples = functools.partial(own_files.tokenised, config, tokenizer)
     sizes = (config.max_prompt, config.max_response)
     parts = (examples(batches.comparisons, file, x, *sizes) for x in (file.rows, file.held_out))
     prompts = examples(
@@ -124,12 +124,12 @@ def run(config: Config, context: Context) -> dict:
                 f"--{name} is missing: name a language model and a file of comparisons"
             )
     base = huggingface.fetch(config.model)
-    tokenizer = own_data.open_tokenizer(base, config.plain_template)
-    compute = own_data.compute_of(config, context)
+    tokenizer = own_files.open_tokenizer(base, config.plain_template)
+    compute = own_files.compute_of(config, context)
     policy = folders.language_model(base, tokenizer, context.mesh, compute)
     pipeline.check(context, policy.config, longest(config), dpo=config.dpo)
     data, clock = read(config, tokenizer), pipeline.Clock()
-    policy = own_data.adapted(config, policy)
+    policy = own_files.adapted(config, policy)
     held_out = data.comparisons.held_out
     with clock("dpo"):
         tuned, figures = pipeline.supervised(
@@ -161,10 +161,10 @@ def programs(config: Config, context: Context) -> list[Program]:
     mesh, shape = context.mesh, config.shape
     if config.model:
         shape = huggingface.shape(huggingface.fetch(config.model))
-    shape = own_data.compute_of(config, context).of(shape)
+    shape = own_files.compute_of(config, context).of(shape)
     pipeline.check_sizes(mesh, shape, longest(config), dpo=config.dpo)
     length = config.max_prompt + config.max_response
-    initial = abstract.derived(own_data.adapted, mesh, config, abstract.model(shape, mesh))
+    initial = abstract.derived(own_files.adapted, mesh, config, abstract.model(shape, mesh))
     stage = dpo.programs(config.dpo, initial, length, mesh)
     pairs = abstract.comparisons(mesh, config.dpo.batch_size, length)
     plain = dpo.evaluation(
@@ -178,7 +178,7 @@ def programs(config: Config, context: Context) -> list[Program]:
     )
     batch = abstract.prompts(mesh, config.dpo.batch_size, config.max_prompt)
     models = (stage.result, initial, None)
-    answers = evaluation.program(*models, config.sampling, batch, own_data.ENDS, mesh, score=None)
+    answers = evaluation.program(*models, config.sampling, batch, own_files.ENDS, mesh, score=None)
     return [*stage.programs, plain, answers]
 
 

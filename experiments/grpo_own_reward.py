@@ -38,7 +38,7 @@ from rlhf_jax.launch import Context, launch
 from rlhf_jax.models import huggingface
 from rlhf_jax.rewards import combine, text
 from rlhf_jax.sampling import Sampling
-from rlhf_jax.tasks import own_data
+from rlhf_jax.tasks import own_files
 from rlhf_jax.training.state import OptimizerConfig
 
 HAPPY = ("happy", "smiled", "loved", "fun", "laughed", "proud", "friends", "thank", "hugged")
@@ -53,7 +53,7 @@ reward = combine.weighted(
 )
 
 
-class Config(own_data.Common):
+class Config(own_files.Common):
     """Which model is tuned on which prompts, and how."""
 
     prompts: Source = ""  # file of prompts; if not given, those of the preferences
@@ -73,12 +73,9 @@ config = Config()
 
 def read(config: Config, tokenizer: Tokenizer) -> pipeline.Split:
     """The prompts, tokenised, and the held-out ones. Raises ValueError for an unusable file."""
-    path, format = config.prompts, config.prompts_format
-    if not path:
-        path, format = config.preferences, config.preferences_format
-    file = own_data.open_file(config, path, format)
-    own_data.check_prompts(config, tokenizer.chat_template is not None, None, [file])
-    examples = functools.partial(own_data.tokenised, config, tokenizer, batches.prompts, file)
+    file = own_files.open_file(config, "prompts" if config.prompts else "preferences")
+    own_files.check_prompts(config, tokenizer.chat_template is not None, None, [file])
+    examples = functools.partial(own_files.tokenised, config, tokenizer, batches.prompts, file)
     parts = (
         examples(x, config.max_prompt, parse=formats.prompt) for x in (file.rows, file.held_out)
     )
@@ -90,13 +87,13 @@ def run(config: Config, context: Context) -> dict:
     if not config.model or not (config.prompts or config.preferences):
         raise ValueError("name a language model by --model, and a file of prompts by --prompts")
     base = huggingface.fetch(config.model)
-    tokenizer = own_data.open_tokenizer(base, config.plain_template)
-    compute = own_data.compute_of(config, context)
+    tokenizer = own_files.open_tokenizer(base, config.plain_template)
+    compute = own_files.compute_of(config, context)
     policy = folders.language_model(base, tokenizer, context.mesh, compute)
     longest = config.max_prompt + config.grpo.sampling.max_new_tokens
     pipeline.check(context, policy.config, longest, grpo=config.grpo)
     task, clock = pipeline.Task(tokenizer, read(config, tokenizer)), pipeline.Clock()
-    policy = own_data.adapted(config, policy)
+    policy = own_files.adapted(config, policy)
     with clock("grpo"):
         tuned = pipeline.online(
             functools.partial(grpo.run, loss_fn=grpo.loss),
@@ -131,22 +128,22 @@ def programs(config: Config, context: Context) -> list[Program]:
     mesh, shape = context.mesh, config.shape
     if config.model:
         shape = huggingface.shape(huggingface.fetch(config.model))
-    shape = own_data.compute_of(config, context).of(shape)
+    shape = own_files.compute_of(config, context).of(shape)
     longest = config.max_prompt + config.grpo.sampling.max_new_tokens
     pipeline.check_sizes(mesh, shape, longest, grpo=config.grpo)
-    policy = abstract.derived(own_data.adapted, mesh, config, abstract.model(shape, mesh))
+    policy = abstract.derived(own_files.adapted, mesh, config, abstract.model(shape, mesh))
     stage = grpo.programs(
         config.grpo,
         policy=policy,
         max_prompt=config.max_prompt,
-        ends=own_data.ENDS,
+        ends=own_files.ENDS,
         mesh=mesh,
         score=None,
     )
     batch = abstract.prompts(mesh, config.grpo.batch_size, config.max_prompt)
     models = (stage.result, policy, None)
     sampling = config.grpo.sampling
-    answers = evaluation.program(*models, sampling, batch, own_data.ENDS, mesh, score=None)
+    answers = evaluation.program(*models, sampling, batch, own_files.ENDS, mesh, score=None)
     return [*stage.programs, answers]
 
 

@@ -18,15 +18,16 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 import tyro
 
 from rlhf_jax import allocator, distributed, plan, processes, sharding, storage, sweep, workdir
+from rlhf_jax import flags as command_line
 from rlhf_jax.abstract import Program
 from rlhf_jax.config import Config
-from rlhf_jax.models.transformer import AS_CONFIGURED, Compute, Precision, Remat
+from rlhf_jax.models.transformer import AS_CONFIGURED, Compute
 from rlhf_jax.stopping import Stop, Terminated
 from rlhf_jax.together import Member
 from rlhf_jax.training import report
@@ -81,7 +82,7 @@ def launch(
     """
     allocator.keep_freed_memory()
     try:
-        flags = _parse(config, argv)
+        flags = command_line.parse(config, argv)
         if flags.from_ is not None:
             started = workdir.started_from(flags.config, flags.from_)
             flags = dataclasses.replace(flags, config=started)
@@ -229,100 +230,10 @@ def command(
         _fail(Exit.INTERRUPTED, "interrupted", debug=False)
 
 
-def _flags() -> tuple:
-    """(name, type, default, metavar, text) of the flags that every experiment has."""
-    return (
-        ("workdir", str | None, None, "DIR", "where the run lives [default: new, under runs/]"),
-        (
-            "from_",
-            str | None,
-            None,
-            "DIR",
-            "workdir of another run, whose exported models this one starts from",
-        ),
-        ("data", Path | None, None, "DIR", "folder of real data [default: $RLHF_JAX_DATA]"),
-        ("mesh", str, "", "SIZES", f"such as {_mesh_example()} [default: all devices]"),
-        (
-            "sweep",
-            tuple[str, ...],
-            (),
-            "FIELD=A,B",
-            "values of a setting to compare (of several: the grid)",
-        ),
-        ("seeds", int, 1, "N", "runs of everything, each with a seed of its own"),
-        ("sweep_shard", str, "", "I/N", "the part of a sweep that this process runs, from 1/N"),
-        (
-            "together",
-            bool,
-            False,
-            None,
-            "compute the online stages of a sweep's runs in one program",
-        ),
-        ("plan", str, "", "SLICE", "such as v5e:4x4: only compile for it, and print what it takes"),
-        ("profile", int, 0, "STEPS", "number of steps of each stage to trace to workdir/profile"),
-        ("dtype", Precision | None, None, None, "of matrix products [default: as configured]"),
-        ("remat", Remat | None, None, None, "what a backward pass recomputes to save memory"),
-        ("scan_layers", bool | None, None, None, "compile one layer and loop over it in training"),
-        ("coordinator", str | None, None, "HOST:PORT", "process 0, of several [default: detected]"),
-        ("num_processes", int | None, None, "N", "how many there are; 1 looks for no others"),
-        ("process_id", int | None, None, "I", "which of them this is, from 0"),
-        ("coordinator_timeout", int, 300, "SECONDS", "how long to wait for all of them"),
-    )
-
-
-def _parse(config: Config, argv: list[str] | None):
-    """The flags, `config` among them; exits with 0 after --help and 2 on a wrong flag."""
-    arg, own = tyro.conf.arg, _flags()
-    taken = {name for name, *_ in own} | {"debug", "config"}
-    for field in dataclasses.fields(config):
-        if field.name in taken:
-            kind = type(config).__name__
-            raise TypeError(f"{kind}.{field.name}: launch has a flag of that name; rename it")
-    switch = Annotated[
-        bool, arg(help="show the traceback of an error"), tyro.conf.FlagCreatePairsOff
-    ]
-    flags = dataclasses.make_dataclass(
-        "Flags",
-        [
-            ("config", Annotated[type(config), arg(name="")], dataclasses.field(default=config)),
-            *(
-                (
-                    name,
-                    Annotated[
-                        kind,
-                        arg(
-                            name=name.rstrip("_"),
-                            metavar=metavar,
-                            help=text,
-                            help_behavior_hint="",
-                        ),
-                    ],
-                    default,
-                )
-                for name, kind, default, metavar, text in own
-            ),
-            ("debug", switch, False),
-        ],
-        frozen=True,
-        kw_only=True,
-    )
-    main = sys.modules["__main__"]
-    return tyro.cli(
-        flags,
-        args=argv,
-        description=inspect.cleandoc(main.__doc__ or ""),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-
-
 def experiment_name(run: Callable) -> str:
     """The name of the program's file, or of the module of `run` where the program has none."""
     file = Path(vars(sys.modules["__main__"]).get("__file__") or "")
     return file.stem if file.suffix == ".py" and file.stem != "__main__" else run.__module__
-
-
-def _mesh_example() -> str:
-    return ",".join(f"{axis}={size}" for axis, size in zip(sharding.AXES, (1, 4, 2)))
 
 
 def _mesh_sizes(text: str) -> dict[str, int]:
@@ -334,7 +245,7 @@ def _mesh_sizes(text: str) -> dict[str, int]:
             axes = ", ".join(sharding.AXES)
             raise ValueError(
                 f"--mesh {text}: '{part}' is not axis=size with an axis of {axes}, each once; "
-                f"write for example --mesh {_mesh_example()}"
+                f"write for example --mesh {sharding.AXES[0]}=1,{sharding.AXES[1]}=4"
             )
         sizes[axis] = int(size)
     return sizes

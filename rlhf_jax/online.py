@@ -45,6 +45,7 @@ from rlhf_jax.training import loop
 from rlhf_jax.training import state as training
 from rlhf_jax.training.loop import Runtime
 from rlhf_jax.training.metrics import Display
+from rlhf_jax.training.state import MakeOptimizer
 
 # The metrics that every online algorithm displays, for its `Display`.
 HEADLINE = ("objective/scores", "objective/kl")
@@ -72,6 +73,7 @@ class Algorithm(NamedTuple):
     responses from any distribution, and not only for those of the policy. references: whether it
     learns from prompts with references, each of which then stands for the first of the K responses.
     prepare: (config, memory, prompts) -> prompts, before they are sampled from; it may set `heat`.
+    `run` sets `make_optimizer`.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Algorithm(NamedTuple):
     any_sampler: bool = False
     references: bool = False
     prepare: Callable[[Any, Any, Prompts], Prompts] | None = None
+    make_optimizer: MakeOptimizer = training.make_optimizer  # of each network
 
 
 class Result(NamedTuple):
@@ -113,6 +116,7 @@ class Inputs(TypedDict, total=False):
     # (iterations done, policy) -> figures, every `eval_every` iterations. The policy's arrays are
     # the run's own and gone after the call.
     evaluate: Callable[[int, Model], dict[str, float]]
+    make_optimizer: MakeOptimizer  # the default is `training.state.make_optimizer`
     runtime: Runtime
 
 
@@ -190,11 +194,12 @@ def forward(config: Config, params: dict, batch: Any, *, entropy_gradient: bool 
     )
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(
+    config: Config, make: MakeOptimizer = training.make_optimizer
+) -> optax.GradientTransformation:
     """One transformation per network, each with its own clipping; built inside compiled steps."""
     parts = {
-        name: training.make_optimizer(optimizer, config.num_updates)
-        for name, optimizer in config.optimizers().items()
+        name: make(optimizer, config.num_updates) for name, optimizer in config.optimizers().items()
     }
     return optax.partition(parts, lambda params: jax.tree.map_with_path(_network, params))
 
@@ -223,10 +228,12 @@ def _checked(config: Config, made: Any) -> tuple[Any, Any, dict[str, Array]]:
     return made
 
 
-def init_state(config: Config, memory: Any, trainable: dict) -> State:
+def init_state(
+    config: Config, memory: Any, trainable: dict, make: MakeOptimizer = training.make_optimizer
+) -> State:
     """State before the first iteration."""
     memory = jax.tree.map(jnp.copy, memory)
-    train = training.init_state(make_optimizer(config), trainable)
+    train = training.init_state(make_optimizer(config, make), trainable)
     if config.ema_decay is not None:
         train = training.averaging(train, "policy")
     return State(train, jnp.int32(0), memory)
@@ -235,6 +242,7 @@ def init_state(config: Config, memory: Any, trainable: dict) -> State:
 def update(
     make_batch: Callable,
     loss_fn: Callable,
+    make: MakeOptimizer,
     config: Config,
     state: State,
     frozen: dict,
@@ -250,12 +258,12 @@ def update(
     with explained_tracing():
         made = make_batch(config, params, *batch_inputs(state, rollout))
     batch, memory, metrics = _checked(config, made)
-    optimizer, size = make_optimizer(config), jax.tree.leaves(batch)[0].shape[0]
+    optimizer, size = make_optimizer(config, make), jax.tree.leaves(batch)[0].shape[0]
 
     def update_once(train, rows):
         minibatch = jax.tree.map(lambda x: x[rows], batch)
         minibatch = shards.constrain_rows(minibatch, name="rows or groups per minibatch")
-        loss_of = functools.partial(loss_fn, config)
+        loss_of = functools.partial(training.keyed(loss_fn, config.seed, train.step), config)
         skip = config.on_bad_update == "skip"
         return training.gradient_step(loss_of, optimizer, train, frozen, minibatch, skip=skip)
 
@@ -344,7 +352,7 @@ def compile_programs(
         ),
         update=loop.compiled(
             update,
-            (algorithm.make_batch, algorithm.loss),
+            (algorithm.make_batch, algorithm.loss, algorithm.make_optimizer),
             in_shardings=(replicated, states, constants, rows),
             out_shardings=(states, replicated),
             donate=(1,),
@@ -368,6 +376,7 @@ def run(
     processors: tuple[Processor, ...] = (),
     observe: Callable[[Rollout], dict[str, float]] | None = None,
     evaluate: Callable[[int, Model], dict[str, float]] | None = None,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     runtime: Runtime | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Trains the algorithm's networks on the reward of what the policy writes: (params, history).
@@ -381,12 +390,14 @@ def run(
     loop.check_evaluation(config.eval_every, evaluate)
     drawing = Drawing(tokenizer.ends, choose, processors)
     batches = _in_rows(algorithm, config, mesh, prompts, pretraining)
+    algorithm = algorithm._replace(make_optimizer=make_optimizer)
     with jax.set_mesh(mesh):
         trainable, bases = partition.partition(algorithm.networks(config, policy, critic))
         given = sharding.place(mesh, {"reference": policy, "scorer": scorer, **bases})
         trained, frozen = loop.arranged(mesh, sharding.place(mesh, trainable), given)
-        state = sharding.initialise(mesh, init_state, config, algorithm.memory, trained)
-        del trained  # the state holds a copy
+        first = (config, algorithm.memory, trained, make_optimizer)
+        state = sharding.initialise(mesh, init_state, *first, static_argnums=3)
+        del trained, first  # the state holds a copy
         programs = compile_programs(algorithm, drawing, score, mesh, state, frozen)
         if runtime.together is not None:
             programs = Programs(*(x and runtime.together.of(x) for x in programs))

@@ -39,6 +39,8 @@ from rlhf_jax.training.state import TrainingStopped
 LENGTHS = ("num_iterations",)
 # The settings that change no number: a run may go on with others.
 FREE = ("save_every", "save_seconds", "keep", "keep_best", "best_is")
+# What an older folder's run did where it lacks a setting whose off is no None, [] or "".
+BEFORE = {"on_bad_update": "stop", "seed": 0}
 SHARED_SECONDS = 5.0  # within which a file of another host must come into sight
 # What a process that was killed may leave behind: its lock, and files not written to their end.
 _LEFT_BEHIND = re.compile(r"\.lock|\..+\.\d+|shared-\d+-\d+")
@@ -103,7 +105,11 @@ def compare(folder: Path, run: dict) -> dict | None:
         raise ValueError(f"{folder / 'config.json'}: 'contents' is no object; name a new --workdir")
     old, new = _settings(before, run), _settings(run, before)
     # A setting that the library did not have yet when the folder was written was off.
-    new = {name: x for name, x in new.items() if name in old or x not in (None, [], "")}
+    new = {
+        name: x
+        for name, x in new.items()
+        if name in old or x not in (None, [], "", BEFORE.get(name.rpartition(".")[2]))
+    }
     changed = [name for name in (old | new) if old.get(name, ()) != new.get(name, ())]
     changed = [name for name in changed if name.rpartition(".")[2] not in FREE]
     refused = [name for name in changed if not _has_grown(name, old, new)]

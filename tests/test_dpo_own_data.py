@@ -12,7 +12,7 @@ from rlhf_jax import launch
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import huggingface, lora, transformer
 from rlhf_jax.sampling import Sampling
-from rlhf_jax.tasks import own_data
+from rlhf_jax.tasks import own_files
 
 pytestmark = pytest.mark.usefixtures("caches")
 ONE_DEVICE = ["--mesh", "data=1,fsdp=1,tensor=1"]
@@ -68,7 +68,7 @@ def test_a_pretrained_model_is_tuned_measured_and_exported(
     assert all({"prompt", "before", "after"} <= row.keys() for row in rows) and rows
 
     # What `--plan` compiles is what was run, but for the ids of the tokenizer.
-    monkeypatch.setattr(own_data, "ENDS", tokenizers.from_folder(model).ends)
+    monkeypatch.setattr(own_files, "ENDS", tokenizers.from_folder(model).ends)
     mesh = tiny.mesh()
     planned = called_programs.of(program.programs(config, tiny.context(mesh)))
     assert planned == set(called_programs.called)

@@ -2,15 +2,19 @@
 
 import dataclasses
 import gzip
+import importlib
+import inspect
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
 import tiny
 
-from rlhf_jax import evaluation, launch, sharding
+from rlhf_jax import evaluation, flags, launch, sharding
 from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.config import Config
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.tasks import reviews
 
@@ -42,6 +46,40 @@ def test_an_experiment_imports_without_side_effects(experiment, path, tmp_path, 
     assert experiment(path.relative_to(EXPERIMENTS).with_suffix("").as_posix()).__doc__
     assert capfd.readouterr() == ("", "")
     assert not any(tmp_path.iterdir())
+
+
+WITH_FLAGS = [path for path in PROGRAMS if path.parent == EXPERIMENTS]
+
+
+@pytest.mark.parametrize("path", WITH_FLAGS, ids=lambda path: path.stem)
+def test_the_help_of_an_experiment_fits_two_screens_its_own_settings_first(experiment, path):
+    module = experiment(path.stem)
+    page = flags.short_help(module.config, inspect.cleandoc(module.__doc__)).splitlines()
+    assert len(page) <= 98  # a command of a docstring may take two lines
+    assert max(map(len, page[page.index("flags:") :])) <= 100
+    own = [name for name, value in vars(module.config).items() if not isinstance(value, Config)]
+    shown = [re.match(r"  --([\w.-]+)", line) for line in page]
+    names = [match[1] for match in shown if match]
+    assert names[0] == "workdir" and len(set(names)) == len(names)
+    place = page.index("settings:")
+    assert [line.split()[0].rstrip(",") for line in page[place + 1 : place + 1 + len(own)]] == [
+        f"--{name.replace('_', '-')}" for name in own
+    ]
+    assert re.fullmatch(r"--help-all shows all \d+ flags\.", page[-1])
+
+
+def test_both_lengths_of_help_are_printed_and_the_long_one_has_every_flag(capsys):
+    module = importlib.import_module("toy_run")
+    printed = []
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as exit:
+            flags.parse(module.config, [flag])
+        assert exit.value.code == 0
+        printed.append(capsys.readouterr().out)
+    every = set(re.findall(r"^ +--([\w.-]+)", printed[1], re.MULTILINE))
+    assert len(every) == int(re.search(r"all (\d+) flags", printed[0])[1])
+    assert {"ppo.sampling.max-new-tokens", "coordinator", "ppo.kl-coef"} <= every
+    assert "--ppo.sampling.max-new-tokens" in printed[0] and "coordinator" not in printed[0]
 
 
 @pytest.fixture

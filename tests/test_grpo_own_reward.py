@@ -13,7 +13,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.data.schema import Example
 from rlhf_jax.models import huggingface
 from rlhf_jax.sampling import Sampling
-from rlhf_jax.tasks import own_data
+from rlhf_jax.tasks import own_files
 
 pytestmark = pytest.mark.usefixtures("caches")
 ONE_DEVICE = ["--mesh", "data=1,fsdp=1,tensor=1"]
@@ -63,7 +63,7 @@ def test_a_pretrained_model_is_tuned_measured_and_exported(
 ):
     model = str(real_data / "models" / "stories260K")
     # A plan cannot read the tokenizer; the ids that end a text are constants of its programs.
-    monkeypatch.setattr(own_data, "ENDS", tokenizers.from_folder(model).ends)
+    monkeypatch.setattr(own_files, "ENDS", tokenizers.from_folder(model).ends)
     config = small(program, model=model, prompts=prompts)
     summary = start(program, config, tmp_path / "run")
     assert {"score_before", "score_after", "kl"} <= summary["grpo"].keys()

@@ -15,6 +15,7 @@ LAYERS = {
     "tools": 6,
     "tasks": 6,
     "launch.py": 5,
+    "flags.py": 5,
     "workdir.py": 5,
     "pipeline.py": 5,
     "evaluation.py": 5,
@@ -240,7 +241,7 @@ def test_only_sharding_and_shards_spell_mesh_axes_and_partition_specs():
             return {a.name for a in node.names} & {"PartitionSpec", "NamedSharding"}
         return dotted(node).endswith((".PartitionSpec", ".NamedSharding"))
 
-    allowed_flag = re.compile(r"(launch|workdir)\.py:\d+ 'data'$")  # the flag --data
+    allowed_flag = re.compile(r"(launch|workdir|flags)\.py:\d+ 'data'$")  # the flag --data
     rest = [
         line
         for line in found(spells, others("sharding.py", "shards.py"))

@@ -12,6 +12,7 @@ from rlhf_jax import launch
 from rlhf_jax.models import huggingface, transformer
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.tasks import own_data as task
+from rlhf_jax.tasks import own_files
 
 pytestmark = pytest.mark.usefixtures("caches")
 ONE_DEVICE = ["--mesh", "data=1,fsdp=1,tensor=1"]
@@ -196,7 +197,7 @@ def test_rows_that_fit_two_formats_are_read_as_the_one_that_is_named(
     file = jsonl(tmp_path / "ultra.jsonl", [{"chosen": 3}, *rows])
     config = small(own_data, preferences=file, prompts=files["prompts"], plain_template=True)
     config = dataclasses.replace(config, max_prompt=64, max_response=64, on_bad_row="drop")
-    tokenizer = task.open_tokenizer(real_data / "models" / "stories260K", True)
+    tokenizer = own_files.open_tokenizer(real_data / "models" / "stories260K", True)
     with pytest.raises(
         ValueError, match=r"no usable row is left \(\d+ rows, 0 kept, .* faulty row"
     ):
@@ -252,7 +253,7 @@ PAIRS = {
 def test_the_policy_is_asked_as_it_was_taught_and_scored_whatever_the_files(
     own_data, tmp_path, real_data, told, ranked, asked
 ):
-    tokenizer = task.open_tokenizer(real_data / "tokenizers" / "minimind", False)
+    tokenizer = own_files.open_tokenizer(real_data / "tokenizers" / "minimind", False)
     config = small(own_data, preferences=jsonl(tmp_path / "pairs.jsonl", PAIRS[ranked]))
     config = dataclasses.replace(config, max_prompt=64)
     if told:
@@ -275,7 +276,7 @@ def test_the_policy_is_asked_as_it_was_taught_and_scored_whatever_the_files(
 
 
 def test_raw_prompts_are_fed_as_they_stand_and_not_beside_messages(own_data, tmp_path, real_data):
-    tokenizer = task.open_tokenizer(real_data / "tokenizers" / "minimind", False)
+    tokenizer = own_files.open_tokenizer(real_data / "tokenizers" / "minimind", False)
     pairs = jsonl(tmp_path / "pairs.jsonl", PAIRS["text"])
     config = small(own_data, preferences=pairs, raw_prompts=True)
     data = task.read(config, tokenizer)
@@ -284,7 +285,7 @@ def test_raw_prompts_are_fed_as_they_stand_and_not_beside_messages(own_data, tmp
     config = dataclasses.replace(config, demonstrations=chats)
     with pytest.raises(ValueError, match="chats.jsonl: its rows are read as messages, which raw"):
         task.read(config, tokenizer)
-    plain = task.open_tokenizer(real_data / "models" / "stories260K", False)
+    plain = own_files.open_tokenizer(real_data / "models" / "stories260K", False)
     with pytest.raises(ValueError, match="the tokenizer has no chat template; .* --plain-template"):
         task.read(config, plain)
 
@@ -292,7 +293,7 @@ def test_raw_prompts_are_fed_as_they_stand_and_not_beside_messages(own_data, tmp
 def test_entries_of_a_dataset_info_and_pairs_of_languages_are_files_too(
     own_data, tmp_path, real_data
 ):
-    tokenizer = task.open_tokenizer(real_data / "models" / "stories260K", False)
+    tokenizer = own_files.open_tokenizer(real_data / "models" / "stories260K", False)
     rows = [{"en": q, "de": "Es läuft."} for q in QUESTIONS]
     file = jsonl(tmp_path / "pairs.jsonl", rows)
     config = small(own_data, demonstrations=file, demonstrations_format="en:de")
@@ -305,7 +306,7 @@ def test_entries_of_a_dataset_info_and_pairs_of_languages_are_files_too(
     config = dataclasses.replace(
         config, demonstrations=f"{info}:mine", demonstrations_format="", plain_template=True
     )
-    tokenizer = task.open_tokenizer(real_data / "models" / "stories260K", True)
+    tokenizer = own_files.open_tokenizer(real_data / "models" / "stories260K", True)
     train, held_out = task.read(config, tokenizer).demonstrations
     assert len(train) + len(held_out) == len(ANIMALS)
     wrong = dataclasses.replace(config, demonstrations=file)
@@ -319,7 +320,7 @@ def test_entries_of_a_dataset_info_and_pairs_of_languages_are_files_too(
 def test_texts_without_prompts_do_not_stand_beside_prompts_in_a_template(
     own_data, tmp_path, real_data
 ):
-    tokenizer = task.open_tokenizer(real_data / "tokenizers" / "minimind", False)
+    tokenizer = own_files.open_tokenizer(real_data / "tokenizers" / "minimind", False)
     texts = jsonl(tmp_path / "texts.jsonl", [{"text": q} for q in QUESTIONS])
     prompts = jsonl(tmp_path / "prompts.jsonl", [{"prompt": q} for q in QUESTIONS])
     config = small(own_data, demonstrations=texts)
@@ -378,7 +379,7 @@ def test_the_coefficient_is_the_papers_or_the_one_given_and_without_text_there_i
 
 
 def test_text_keeps_its_form_where_prompts_go_through_a_template(own_data, tmp_path, real_data):
-    tokenizer = task.open_tokenizer(real_data / "tokenizers" / "minimind", False)
+    tokenizer = own_files.open_tokenizer(real_data / "tokenizers" / "minimind", False)
     pairs = jsonl(tmp_path / "pairs.jsonl", PAIRS["text"])
     told = jsonl(tmp_path / "told.jsonl", TEXTS["text"])
     config = small(own_data, preferences=pairs, pretraining=jsonl(tmp_path / "s.jsonl", STORIES))
@@ -393,7 +394,7 @@ def test_text_keeps_its_form_where_prompts_go_through_a_template(own_data, tmp_p
         ids = row.documents[0].ids.tolist()
         assert any(tuple(ids[: len(prompt)]) == prompt for prompt in prompts)
     chats = jsonl(tmp_path / "chats.jsonl", TEXTS["ultrachat"])
-    plain = task.open_tokenizer(real_data / "models" / "stories260K", False)
+    plain = own_files.open_tokenizer(real_data / "models" / "stories260K", False)
     with pytest.raises(ValueError, match="chats.jsonl: its rows are read as messages, but the"):
         task.read(dataclasses.replace(config, pretraining=chats), plain)
 

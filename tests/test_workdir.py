@@ -126,6 +126,31 @@ def test_a_setting_that_the_folder_does_not_have_yet_was_off():
         compare(Newer(cutoff=0.5))
 
 
+class Stage(Config):
+    rate: float = 1.0
+
+
+class NewStage(Stage):
+    seed: int = 0
+    on_bad_update: str = "stop"
+
+
+class Staged(Config):
+    sft: Stage = Stage()
+
+
+class NewStaged(Config):
+    sft: NewStage = NewStage()
+
+
+def test_a_run_of_before_stages_had_a_seed_and_bad_updates_a_setting_goes_on():
+    finish(Staged())
+    assert compare(NewStaged()) == {"gold": 0.5}
+    for changed in (NewStage(seed=1), NewStage(on_bad_update="skip")):
+        with pytest.raises(ValueError, match=r"no sft\.\w+ -> sft\.\w+="):
+            compare(NewStaged(sft=changed))
+
+
 def test_another_experiment_or_data_folder_is_refused_and_no_data_is_not(tmp_path):
     finish(Experiment(), data=tmp_path / "a")
     assert compare(Experiment()) and compare(Experiment(), data=pathlib.Path("a"))

@@ -31,6 +31,7 @@ from rlhf_jax.training import loop
 from rlhf_jax.training import state as training
 from rlhf_jax.training.loop import Runtime
 from rlhf_jax.training.metrics import Display
+from rlhf_jax.training.state import MakeOptimizer
 
 DISPLAY = Display(
     "DPO",
@@ -310,6 +311,7 @@ def run(
     reference: Model | None = None,
     reference_free: bool = False,
     loss_fn: Callable = loss,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     held_out: Loader | None = None,
     runtime: Runtime | None = None,
 ) -> Result:
@@ -334,6 +336,7 @@ def run(
         {"policy": policy},
         comparisons,
         loss_fn=loss_fn,
+        make_optimizer=make_optimizer,
         name="dpo",
         display=DISPLAY,
         runtime=runtime,

@@ -27,8 +27,10 @@ from rlhf_jax.models import heads
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import agreement, process
 from rlhf_jax.training import loop
+from rlhf_jax.training import state as training
 from rlhf_jax.training.loop import Runtime
 from rlhf_jax.training.metrics import Display
+from rlhf_jax.training.state import MakeOptimizer
 
 DISPLAY = Display(
     "Process reward model",
@@ -87,6 +89,7 @@ def run(
     steps: Loader,
     *,
     loss_fn: Callable = loss,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     held_out: Loader | None = None,
     runtime: Runtime | None = None,
 ) -> Result:
@@ -108,6 +111,7 @@ def run(
         {"scorer": heads.init_scorer(policy, jax.random.key(config.seed))},
         steps,
         loss_fn=loss_fn,
+        make_optimizer=make_optimizer,
         name="process_reward",
         display=DISPLAY,
         runtime=runtime,

@@ -49,6 +49,7 @@ from rlhf_jax.training import loop
 from rlhf_jax.training import state as training
 from rlhf_jax.training.loop import Runtime
 from rlhf_jax.training.metrics import Display
+from rlhf_jax.training.state import MakeOptimizer
 
 DISPLAY = Display(
     "Q-learning",
@@ -297,15 +298,25 @@ SOFT_Q = Method(soft_q_loss, action_values.single)
 SOFT_Q_PATHS = Method(soft_q_paths_loss, action_values.single, bootstraps=False)
 
 
-def init_state(config: Config, trainable: Any) -> training.TrainState:
+def init_state(
+    config: Config, trainable: Any, make_optimizer: MakeOptimizer = training.make_optimizer
+) -> training.TrainState:
     """`loop.init_state` with the target network, a copy."""
-    return training.averaging(loop.init_state(config, trainable), "network")
+    return training.averaging(loop.init_state(config, trainable, make_optimizer), "network")
 
 
-def update(loss_fn: Callable, config: Config, state: training.TrainState, frozen: dict, batch: Any):
+def update(
+    loss_fn: Callable,
+    config: Config,
+    state: training.TrainState,
+    frozen: dict,
+    batch: Any,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
+):
     """`loop.update` with the target network among the frozen ones, which then follows."""
     target = partition.combine(frozen, state.average)["network"]
-    state, metrics = loop.update(loss_fn, config, state, {**frozen, "target": target}, batch)
+    frozen = {**frozen, "target": target}
+    state, metrics = loop.update(loss_fn, config, state, frozen, batch, make_optimizer)
     return training.averaged(state, config.target_decay), metrics
 
 
@@ -315,6 +326,7 @@ def run(
     answers: Loader,
     *,
     method: Method = ILQL,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     runtime: Runtime | None = None,
 ) -> Result:
     """Trains a network of action values, continuing from the newest checkpoint where there is one.
@@ -342,6 +354,7 @@ def run(
         frozen={"policy": policy} if method.reads_policy else {},
         init=init_state,
         update=update,
+        make_optimizer=make_optimizer,
     )
     return Result(trained["network"], history)
 

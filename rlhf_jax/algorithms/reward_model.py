@@ -22,8 +22,10 @@ from rlhf_jax.models import heads
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import agreement
 from rlhf_jax.training import loop
+from rlhf_jax.training import state as training
 from rlhf_jax.training.loop import Runtime
 from rlhf_jax.training.metrics import Display
+from rlhf_jax.training.state import MakeOptimizer
 
 DISPLAY = Display(
     "Reward model",
@@ -149,6 +151,7 @@ def run(
     comparisons: Loader,
     *,
     loss_fn: Callable = loss,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     held_out: Loader | None = None,
     runtime: Runtime | None = None,
 ) -> Result:
@@ -172,6 +175,7 @@ def run(
         {"scorer": heads.init_scorer(policy, jax.random.key(config.seed))},
         comparisons,
         loss_fn=loss_fn,
+        make_optimizer=make_optimizer,
         name="reward_model",
         display=DISPLAY,
         runtime=runtime,

@@ -15,8 +15,10 @@ from rlhf_jax.data.batches import Demonstrations, Loader
 from rlhf_jax.models import heads, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.training import loop
+from rlhf_jax.training import state as training
 from rlhf_jax.training.loop import Runtime
 from rlhf_jax.training.metrics import Display
+from rlhf_jax.training.state import MakeOptimizer
 
 DISPLAY = Display("Supervised fine-tuning", ("loss",), {"loss": "Loss, nats per token"})
 
@@ -66,6 +68,7 @@ def run(
     demonstrations: Loader,
     *,
     loss_fn: Callable = loss,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     held_out: Loader | None = None,
     runtime: Runtime | None = None,
 ) -> Result:
@@ -87,6 +90,7 @@ def run(
         {"policy": policy},
         demonstrations,
         loss_fn=loss_fn,
+        make_optimizer=make_optimizer,
         name="sft",
         display=DISPLAY,
         runtime=runtime,

@@ -30,15 +30,17 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax import abstract, advantages, losses
 from rlhf_jax.abstract import Stage
-from rlhf_jax.config import Seed, Share
+from rlhf_jax.config import Share
 from rlhf_jax.data import loader
 from rlhf_jax.data.batches import Comparisons, Loader, Steps
 from rlhf_jax.models import action_values, heads, transformer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import episodes
 from rlhf_jax.training import loop
+from rlhf_jax.training import state as training
 from rlhf_jax.training.loop import Runtime
 from rlhf_jax.training.metrics import Display
+from rlhf_jax.training.state import MakeOptimizer
 
 DISPLAY = Display(
     "TAMER",
@@ -54,7 +56,6 @@ class Config(loop.Config):
     """
 
     credit_decay: Share = 0.9  # only `recent` reads it: of the credit, per token before the last
-    seed: Seed = 0
 
 
 class Result(NamedTuple):
@@ -156,6 +157,7 @@ def run(
     ratings: Loader,
     *,
     loss_fn: Callable = loss,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     runtime: Runtime | None = None,
 ) -> Result:
     """Trains a network of what tokens earn, continuing from the newest checkpoint if there is one.
@@ -172,6 +174,7 @@ def run(
         {"network": action_values.single(policy, jax.random.key(config.seed))},
         ratings,
         loss_fn=loss_fn,
+        make_optimizer=make_optimizer,
         name="tamer",
         display=DISPLAY,
         runtime=runtime or Runtime(),

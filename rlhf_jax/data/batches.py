@@ -444,7 +444,7 @@ def _tokenised(
                 seen.add(digest)
         except schema.BadRow as error:
             if reading.on_bad_row == "error":
-                raise ValueError(str(error)) from None
+                raise schema.BadRow(str(error)) from None
             note, outcome = str(error), FAULTY
         if isinstance(outcome, str):
             dropped[outcome] = dropped.get(outcome, 0) + 1

@@ -6,72 +6,26 @@ is made of this `Config`, `run` and `programs`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from rlhf_jax import abstract, evaluation, folders, pipeline
-from rlhf_jax import config as configuration
 from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import ppo, ppo_variants, reward_model, sft
-from rlhf_jax.config import Count, Positive, Share, Source, Whole, fold_seed
-from rlhf_jax.data import batches, builders, formats, mixing, tokenizers
+from rlhf_jax.config import Count, Positive, Source, fold_seed
+from rlhf_jax.data import batches, formats, mixing, tokenizers
 from rlhf_jax.data.batches import Examples, Loader
-from rlhf_jax.data.records import Ends
-from rlhf_jax.data.schema import BadRow, at
 from rlhf_jax.evaluation import Exam
 from rlhf_jax.launch import Context
-from rlhf_jax.models import huggingface, lora, transformer
-from rlhf_jax.models.transformer import Compute, Model
+from rlhf_jax.models import huggingface, transformer
+from rlhf_jax.models.transformer import Model
 from rlhf_jax.rewards import agreement, learned
 from rlhf_jax.sampling.rollout import Score
-
-# Qwen2.5 of half a billion parameters.
-QWEN = transformer.Config(
-    vocab_size=151936,
-    num_layers=24,
-    d_model=896,
-    num_heads=14,
-    num_kv_heads=2,
-    head_dim=64,
-    d_ff=4864,
-    max_length=32768,
-    rope_base=1e6,
-    norm_eps=1e-6,
-    qkv_bias=True,
-    tied=True,
-)
-# Ids of a tokenizer are constants of a program, which change neither its size nor its work.
-ENDS = Ends(eos_ids=(1,), pad_id=0)
-
-
-class Common(configuration.Config):
-    """What every experiment on the user's own files is told. "" is not given; lengths in tokens."""
-
-    seed: Whole = 0  # of every stage; a stage's own seed is folded into it
-    model: Source = ""  # folder or org/name of a language model
-    preferences: Source = ""  # file of comparisons
-    # Where the fields fit several formats, or none: the name of one, or "en:de" (source:target).
-    preferences_format: str = ""
-    held_out: Share = 0.1  # share of the prompts that nothing is trained on
-    max_prompt: Count = 128  # what is longer is dropped and counted
-    max_response: Count = 128  # EOS included
-    plain_template: bool = False  # use a plain chat template if the tokenizer has none
-    # Feed plain prompts without the chat template. Not for alpaca rows, which are read as chats.
-    raw_prompts: bool = False
-    on_bad_row: Literal["error", "drop"] = "error"  # what to do with an unusable row
-    lora_rank: Whole = 0  # of adapters; 0 trains all weights
-    lora_alpha: Positive = 16.0  # an adapter's scale is alpha / rank
-    # What `--plan` compiles where no model is named. What it says of `dtype`, `remat` and
-    # `scan_layers`, which no folder states, holds for the models that are trained too.
-    shape: transformer.Config = QWEN
-    num_shown: Count = 4  # prompts in the table of samples
+from rlhf_jax.tasks import own_files
 
 
 class PpoConfig(ppo_variants.PretrainingConfig):
@@ -82,7 +36,7 @@ class PpoConfig(ppo_variants.PretrainingConfig):
     pretraining_coef: Positive | None = None
 
 
-class Config(Common):
+class Config(own_files.Common):
     """What is trained on what."""
 
     demonstrations: Source = ""  # file of responses to imitate
@@ -109,14 +63,6 @@ class Config(Common):
             )
 
 
-def open_tokenizer(folder: pathlib.Path, plain_template: bool) -> tokenizers.Tokenizer:
-    """The folder's tokenizer, with the plain chat template if it has none and one is asked for."""
-    tokenizer = tokenizers.from_folder(folder)
-    if plain_template and tokenizer.chat_template is None:
-        return tokenizer.with_template(tokenizers.PLAIN_TEMPLATE)
-    return tokenizer
-
-
 def open_scorer(
     config: Config, context: Context, tokenizer: tokenizers.Tokenizer
 ) -> tuple[Model, Score]:
@@ -125,29 +71,17 @@ def open_scorer(
     Raises ValueError unless it reads what the policy writes.
     """
     folder = huggingface.fetch(config.scorer)
-    own = open_tokenizer(folder, config.plain_template)
+    own = own_files.open_tokenizer(folder, config.plain_template)
     tokenizers.check_same(tokenizer, own)
-    scorer = folders.reward_model(folder, tokenizer, context.mesh, compute_of(config, context))
+    scorer = folders.reward_model(
+        folder, tokenizer, context.mesh, own_files.compute_of(config, context)
+    )
     if own.chat_template is None or config.raw_prompts:
         return scorer, learned.score
     score = learned.under_template(own, tokenizer.eos_ids)
     more = len(score.after) if isinstance(score, learned.Continued) else 0
     transformer.check_length(scorer.config, _longest(config) + more)
     return scorer, score
-
-
-def compute_of(config: Common, context: Context) -> Compute:
-    """How models are computed: as the command line says, or else as `config.shape` does."""
-    shape = context.compute.of(config.shape)
-    return Compute(shape.dtype, shape.remat, shape.scan_layers)
-
-
-def adapted(config: Common, policy: Model) -> Model:
-    """The model with an adapter, where one is asked for."""
-    if not config.lora_rank:
-        return policy
-    adapter = lora.Config(rank=config.lora_rank, alpha=config.lora_alpha)
-    return lora.attach(policy, adapter, jax.random.key(config.seed))
 
 
 class Data(NamedTuple):
@@ -164,100 +98,21 @@ class Data(NamedTuple):
     pretraining: Examples | None  # without the held-out ones, whose prompts may be asked later
 
 
-class File(NamedTuple):
-    """The rows of a file with their line numbers, split by prompt, and their format."""
-
-    path: str
-    rows: list
-    held_out: list
-    format: formats.FormatLike
-    kinds: set[str]  # of its prompts: "messages", "text", or "none" for text without a prompt
-
-
-def open_file(config: Common, path: str, format: str) -> File | None:
-    """The file, None without a path. Raises ValueError if one part of the split would be empty."""
-    if not path:
-        return None
-    source, format = formats.located(path, format)
-    found = builders.load(source, on_bad_row=config.on_bad_row)
-    rows, held_out = mixing.split(found, config.held_out, format=format)
-    kinds = set()
-    for row, _ in rows:
-        with contextlib.suppress(BadRow):
-            prompt = formats.either(row, format).prompt
-            kinds.add("messages" if isinstance(prompt, tuple) else "text" if prompt else "none")
-    if rows and not kinds and config.on_bad_row == "error":
-        row, where = rows[0]
-        with at(where):
-            formats.either(row, format)  # says what is wrong with it
-    if not rows or not held_out:
-        raise ValueError(
-            f"{path}: {len(rows)} rows to train on and {len(held_out)} held out; give more "
-            f"rows or another held_out than {config.held_out}"
-        )
-    return File(path, rows, held_out, format, kinds)
-
-
-def check_prompts(
-    config: Common, template: bool, demonstrations: File | None, others: list[File]
-) -> None:
-    """Raises ValueError if prompts of different files would be formatted differently.
-
-    `template`: whether the tokenizer has a chat template.
-    """
-    chats = [file for file in (demonstrations, *others) if file and "messages" in file.kinds]
-    if chats and not template:
-        raise ValueError(
-            f"{chats[0].path}: its rows are read as messages, but the tokenizer has no chat "
-            "template; take the model and tokenizer of a chat model, or --plain-template"
-        )
-    if chats and config.raw_prompts:
-        raise ValueError(
-            f"{chats[0].path}: its rows are read as messages, which raw prompts of other files "
-            "would not look like; leave --raw-prompts out"
-        )
-    plain = demonstrations and others and not chats and "none" in demonstrations.kinds
-    if plain and template and not config.raw_prompts:
-        raise ValueError(
-            f"{demonstrations.path}: its texts have no prompts, so they teach nothing about the "
-            "chat template that prompts would go through; feed those as they stand by --raw-prompts"
-        )
-
-
-def tokenised(
-    config: Common,
-    tokenizer: tokenizers.Tokenizer,
-    tokenize: Callable[..., Examples],
-    file: File,
-    rows: list,
-    *sizes: int,
-    parse: Callable = formats.read,
-) -> Examples:
-    """Rows of a file as examples. Where the tokenizer has a chat template, prompts go through it.
-
-    `tokenize` is a function of `batches` and `sizes` are its limits.
-    """
-    format = file.format
-    if tokenizer.chat_template is not None and not config.raw_prompts:
-        format = formats.as_messages(format, parse)
-    return tokenize(rows, tokenizer, *sizes, format=format, on_bad_row=config.on_bad_row)
-
-
 def read(config: Config, tokenizer: tokenizers.Tokenizer) -> Data:
     """Reads all files before anything is trained. Raises ValueError for unusable files.
 
-    All prompts are formatted alike (`tokenised`), whichever files are given, so that SFT, the
-    reward model and PPO see the same format.
+    All prompts are formatted alike (`own_files.tokenised`), whichever files are given, so that SFT,
+    the reward model and PPO see the same format.
     """
-    demonstrations = open_file(config, config.demonstrations, config.demonstrations_format)
-    preferences = open_file(config, config.preferences, config.preferences_format)
-    prompts = open_file(config, config.prompts, config.prompts_format) or preferences
-    text = open_file(config, config.pretraining, config.pretraining_format)
+    demonstrations = own_files.open_file(config, "demonstrations")
+    preferences = own_files.open_file(config, "preferences")
+    prompts = own_files.open_file(config, "prompts") or preferences
+    text = own_files.open_file(config, "pretraining")
     others = [file for file in (preferences, prompts) if file]
-    check_prompts(config, tokenizer.chat_template is not None, demonstrations, others)
+    own_files.check_prompts(config, tokenizer.chat_template is not None, demonstrations, others)
     # Text without prompts may stand beside prompts in a template: it keeps what was known before.
-    check_prompts(config, tokenizer.chat_template is not None, text, [])
-    examples = functools.partial(tokenised, config, tokenizer)
+    own_files.check_prompts(config, tokenizer.chat_template is not None, text, [])
+    examples = functools.partial(own_files.tokenised, config, tokenizer)
     sizes = (config.max_prompt, config.max_response)
     found = dict.fromkeys(Data._fields)
     if demonstrations:
@@ -397,8 +252,8 @@ def run(config: Config, context: Context) -> dict:
     """The stages whose inputs are given; returns the summary."""
     check_inputs(config)
     base = huggingface.fetch(config.model)
-    tokenizer = open_tokenizer(base, config.plain_template)
-    compute = compute_of(config, context)
+    tokenizer = own_files.open_tokenizer(base, config.plain_template)
+    compute = own_files.compute_of(config, context)
     policy = folders.language_model(base, tokenizer, context.mesh, compute)
     check_sizes(config, context, policy)
     scorer, score = None, learned.score
@@ -407,7 +262,7 @@ def run(config: Config, context: Context) -> dict:
     data, seed, clock, summary = read(config, tokenizer), config.seed, pipeline.Clock(), {}
     if scorer is not None and data.prompts is None:
         raise ValueError("--prompts is missing: PPO needs prompts, and no preferences have any")
-    policy, judge = adapted(config, policy), None
+    policy, judge = own_files.adapted(config, policy), None
 
     def export(name: str, model: Model) -> None:
         folders.export(context.workdir / "export" / name, model, tokenizer, base)
@@ -462,10 +317,10 @@ def programs(config: Config, context: Context) -> list[Program]:
     mesh, shape = context.mesh, config.shape
     if config.model:
         shape = huggingface.shape(huggingface.fetch(config.model))
-    shape = compute_of(config, context).of(shape)
+    shape = own_files.compute_of(config, context).of(shape)
     pipeline.check_sizes(mesh, shape, _longest(config), **_stages(config))
     length = config.max_prompt + config.max_response
-    initial = abstract.derived(adapted, mesh, config, abstract.model(shape, mesh))
+    initial = abstract.derived(own_files.adapted, mesh, config, abstract.model(shape, mesh))
     tuned = sft.programs(config.sft, initial, length, mesh)
     ranked = (config.reward_model, tuned.result, length, mesh)
     first = reward_model.programs(*ranked)
@@ -479,7 +334,7 @@ def programs(config: Config, context: Context) -> list[Program]:
         scorer=scorer,
         critic=scorer,
         max_prompt=config.max_prompt,
-        ends=ENDS,
+        ends=own_files.ENDS,
         mesh=mesh,
         pretraining=abstract.demonstrations(mesh, rows, length) if config.pretraining else None,
         resident=judge.result,
@@ -488,6 +343,6 @@ def programs(config: Config, context: Context) -> list[Program]:
     batch = abstract.prompts(mesh, config.ppo.batch_size, config.max_prompt)
     held = (judge.result, aligned.held if config.ppo.eval_every else rated)
     answers = evaluation.program(
-        aligned.result, *rated, config.ppo.sampling, batch, ENDS, mesh, resident=held
+        aligned.result, *rated, config.ppo.sampling, batch, own_files.ENDS, mesh, resident=held
     )
     return [*tuned.programs, *first.programs, *judge.programs, *aligned.programs, answers]

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import sharding
-from rlhf_jax.config import Count, Whole
+from rlhf_jax.config import Count, Seed, Whole
 from rlhf_jax.models import flops, partition, stacking
 from rlhf_jax.stopping import Stop
 from rlhf_jax.together import Member
 from rlhf_jax.training import state as training
 from rlhf_jax.training.checkpoint import Checkpoints, Clock
 from rlhf_jax.training.metrics import Display, Log
-from rlhf_jax.training.state import TrainState
+from rlhf_jax.training.state import MakeOptimizer, TrainState
 
 
 class Config(training.StageConfig):
@@ -36,6 +36,7 @@ class Config(training.StageConfig):
     optimizer: training.OptimizerConfig = training.OptimizerConfig()
     save_every: Count = 500  # steps between checkpoints
     eval_every: Whole = 0  # steps between evaluations; 0 is never
+    seed: Seed = 0  # of what a loss draws at random, if it asks for a key
 
     def check(self) -> None:
         """Raises ValueError for a batch that does not divide, or a metric that is never there."""
@@ -167,18 +168,25 @@ def _on_host(observe: Callable | None, record: Any, figures: dict) -> dict[str, 
     return figures if observe is None else observe(sharding.to_host(record)) | figures
 
 
-def init_state(config: Config, trainable: Any) -> TrainState:
+def init_state(
+    config: Config, trainable: Any, make_optimizer: MakeOptimizer = training.make_optimizer
+) -> TrainState:
     """The state before the first update."""
-    return training.init_state(
-        training.make_optimizer(config.optimizer, config.num_steps), trainable
-    )
+    return training.init_state(make_optimizer(config.optimizer, config.num_steps), trainable)
 
 
-def update(loss_fn: Callable, config: Config, state: TrainState, frozen: dict, batch: Any):
+def update(
+    loss_fn: Callable,
+    config: Config,
+    state: TrainState,
+    frozen: dict,
+    batch: Any,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
+):
     """One update of `loss_fn(config, params, batch)`: (state, metrics)."""
-    optimizer = training.make_optimizer(config.optimizer, config.num_steps)
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
     rate = training.schedule(config.optimizer, config.num_steps)(state.step)
-    loss_of = functools.partial(loss_fn, config)
+    loss_of = functools.partial(training.keyed(loss_fn, config.seed, state.step), config)
     skip = config.on_bad_update == "skip"
     state, metrics = training.gradient_step(loss_of, optimizer, state, frozen, batch, skip=skip)
     return state, {**metrics, "lr": rate}
@@ -197,6 +205,7 @@ def fit(
     evaluate: Callable[[int, dict], dict[str, float]] | None = None,
     init: Callable[[Config, Any], TrainState] = init_state,
     update: Callable = update,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
 ) -> tuple[dict, list[dict[str, Any]]]:
     """Trains `models` for `config.num_steps` updates of `loss_fn(config, params, batch)`.
 
@@ -218,9 +227,11 @@ def fit(
         trainable, bases = sharding.place(runtime.mesh, partition.partition(models))
         given = {**bases, **sharding.place(runtime.mesh, frozen or {})}
         trained, frozen = arranged(runtime.mesh, trainable, given)
-        state = sharding.initialise(runtime.mesh, init, config, trained)
+        state = sharding.initialise(
+            runtime.mesh, init, config, trained, make_optimizer, static_argnums=2
+        )
         del trained  # the state holds a copy
-        program = supervised_program(loss_fn, runtime.mesh, state, frozen, update)
+        program = supervised_program(loss_fn, runtime.mesh, state, frozen, update, make_optimizer)
 
         def step(state, batch):
             batch = sharding.put_rows(runtime.mesh, batch)
@@ -263,6 +274,7 @@ def supervised_program(
     state,
     frozen: dict,
     update: Callable = update,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
 ) -> Callable:
     """The compiled step `(config, state, frozen, batch) -> (state, metrics, tokens)`.
 
@@ -274,17 +286,19 @@ def supervised_program(
     replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
     return compiled(
         _step,
-        (update, loss_fn),
+        (update, loss_fn, make_optimizer),
         in_shardings=(replicated, state_shardings, frozen_shardings, rows),
         out_shardings=(state_shardings, replicated, replicated),
         donate=(1,),
     )
 
 
-def _step(update, loss_fn, config: Config, state: TrainState, frozen: dict, batch: Any):
+def _step(
+    update, loss_fn, make_optimizer, config: Config, state: TrainState, frozen: dict, batch: Any
+):
     """`update`, with the model FLOPs among its metrics, and the real tokens of the batch."""
     work = flops.of_update(state.trainable, frozen, batch.attend)
-    state, metrics = update(loss_fn, config, state, frozen, batch)
+    state, metrics = update(loss_fn, config, state, frozen, batch, make_optimizer)
     return state, {**metrics, "model_flops": work}, jnp.sum(batch.attend > 0)
 
 

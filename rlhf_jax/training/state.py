@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -130,6 +132,22 @@ def make_optimizer(optimizer: OptimizerConfig, num_steps: int) -> optax.Gradient
         ),
         optax.scale_by_learning_rate(schedule(optimizer, num_steps)),
     )
+
+
+# (settings, updates of the whole run) -> the transformation of one network.
+MakeOptimizer = Callable[[OptimizerConfig, int], optax.GradientTransformation]
+
+
+def keyed(loss_fn: Callable, seed: int | Array, step: int | Array) -> Callable:
+    """The loss, with a key for its parameter of that name if it has one, say for dropout.
+
+    The key is a function of (seed, step) alone, so that a run that was interrupted draws the same.
+    """
+    if "key" not in inspect.signature(loss_fn).parameters:
+        return loss_fn
+    # A number that no iteration has, whose keys draw responses and order minibatches.
+    own = jax.random.fold_in(jax.random.key(seed), 2**31 - 2)
+    return functools.partial(loss_fn, key=jax.random.fold_in(own, step))
 
 
 def _is_matrix(path: tuple, array: Array) -> bool:
