@@ -107,19 +107,25 @@ def open_file(config: Common, name: str) -> File | None:
         source, format = formats.located(path, vars(config)[f"{name}_format"])
         found = builders.load(source, on_bad_row=config.on_bad_row)
         rows, held_out = mixing.split(found, config.held_out, format=format)
-        kinds = set()
-        for row, _ in rows:
-            with contextlib.suppress(BadRow):
+        kinds, faulty = set(), []
+        for row, where in rows:
+            try:
                 prompt = formats.either(row, format).prompt
                 kinds.add("messages" if isinstance(prompt, tuple) else "text" if prompt else "none")
+            except BadRow as error:
+                faulty.append(f"{where}: {error}")
         if rows and not kinds and config.on_bad_row == "error":
             row, where = rows[0]
             with at(where):
                 formats.either(row, format)  # says what is wrong with it
-    if not rows or not held_out:
+    usable = len(rows) - len(faulty)
+    if not usable or not held_out:
+        why = (
+            f"; {len(faulty)} faulty rows were dropped, the first one {faulty[0]}" if faulty else ""
+        )
         raise ValueError(
-            f"{path}: {len(rows)} rows to train on and {len(held_out)} held out; give more "
-            f"rows or another held_out than {config.held_out}"
+            f"{path}: {usable} rows to train on and {len(held_out)} held out{why}; give more "
+            f"usable rows or another --held-out than {config.held_out}"
         )
     return File(name, path, rows, held_out, format, kinds)
 

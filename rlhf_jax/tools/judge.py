@@ -64,6 +64,8 @@ def page(
         raise ValueError(
             f"{len(answers)} sources of answers are named; name two files, or the folder of one run"
         )
+    if seed is not None and seed < 0:
+        raise ValueError(f"--seed {seed} must be at least 0")
     pages.check_output(output, *answers)
     key = output.with_suffix(".key.json")
     storage.check_output("--output, beside which the key is,", key, *answers)

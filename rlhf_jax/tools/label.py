@@ -53,6 +53,8 @@ def label(
     """
     if not 2 <= scale <= 10:
         raise ValueError(f"--scale {scale}: the highest score must be a number from 2 to 10")
+    if seed < 0:
+        raise ValueError(f"--seed {seed} must be at least 0")
     pages.check_output(output, answers)
     found = pages.read(answers)
     unique = [(prompt, distinct(responses)) for prompt, responses, _ in found]
