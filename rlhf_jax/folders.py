@@ -87,6 +87,8 @@ def export(
     entries of the configuration besides the shapes. The old config.json is removed first and the
     new one written last, so that after an interruption there is the old folder, the new one, or
     one that nothing takes for a model. (A folder in a bucket could not be renamed.)
+
+    Raises ValueError, and leaves what is there, for weights that are NaN or infinite.
     """
     if "q" in model.weights:
         raise ValueError(
@@ -100,6 +102,7 @@ def export(
         model = transformer.without_score_bias(model)
     scores = head == "score" and tokenizer.chat_template is not None
     saved = chat.ending_at_eos(tokenizer) if scores else tokenizer
+    huggingface.check_finite(model.weights)  # before what is there is removed
     ids = {"eos_token_id": tokenizer.eos_ids[0], "pad_token_id": tokenizer.pad_id}
 
     def begin() -> None:

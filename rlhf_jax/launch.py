@@ -266,6 +266,7 @@ def _data_folder(flag: Path | None) -> Path | None:
 def _show(log: Log, summary: dict) -> None:
     rows = [{"figure": name, "value": _rounded(value)} for name, value in flat(summary).items()]
     log.table("Summary", rows)
+    log.repeat_alarms()
     if log.writes:
         log.print(f"report: {report.write(log.folder)}")
 

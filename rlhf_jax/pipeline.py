@@ -150,6 +150,7 @@ def supervised(
     with runtime(context, stage, config, data.train.fingerprint) as where:
         trained, _ = run(config, model, train, runtime=where, **options)
     figures = evaluation.held_out(evaluate(config, trained, held_out, mesh=context.mesh))
+    context.log.withdraw(stage, alarms.CHANCE)
     for alarm in alarms.of_accuracy(figures):
         context.log.alarm(stage, config.num_steps - 1, alarm)
     return trained, figures

@@ -9,11 +9,12 @@ import pytest
 
 from rlhf_jax.sampling import rollout
 from rlhf_jax.training import alarms, report
-from rlhf_jax.training.metrics import Display, Log
+from rlhf_jax.training.metrics import Display, Log, read_lines
 
 GOOD = {
     "loss": 1.0,
     "objective/kl": 3.0,
+    "objective/scores": 0.7,
     "objective/scores_std": 1.0,
     "objective/length": 20.0,
     "objective/eos_share": 0.9,
@@ -39,9 +40,9 @@ def lines(count=30, **changes):
     [
         ("negative KL", "objective__kl", -0.09, -0.11),
         ("far from the reference", "objective__kl", 19.0, 21.0),
-        ("constant reward", "objective__scores_std", 1e-6, 0.0),
+        ("constant reward", "objective__scores_std", 1e-4, 0.0),
         ("length collapsed", "objective__length", 5.1, 4.9),
-        ("EOS vanished", "objective__eos_share", 0.23, 0.22),
+        ("EOS vanished", "objective__eos_share", 0.46, 0.44),
         ("responses alike", "objective__distinct_bigrams", 0.101, 0.099),
         ("entropy gone", "objective__token_entropy", 0.101, 0.099),
         ("ratio far from 1", "val__ratio", 1.9, 2.1),
@@ -60,6 +61,57 @@ def test_noise_around_zero_is_no_negative_kl():
     for i, line in enumerate(found):
         line["objective/kl"] = -0.2 + (3.0 if i % 2 else -3.0)
     assert alarms.of_training(found) == []
+
+
+@pytest.mark.parametrize("score", [0.7, 13.37, -10000 / 3])
+@pytest.mark.parametrize("count", [24, 128, 1000])
+def test_equal_scores_are_a_constant_reward_though_rounding_gives_them_a_spread(score, count):
+    scores = jnp.full(count, score, jnp.float32)
+    std = float(jnp.std(scores))
+    found = lines(objective__scores=(score, score), objective__scores_std=(std, std))
+    (alarm,) = alarms.of_training(found)
+    assert alarm.name == "constant reward" and f"its mean is {score:.3g}" in alarm.text
+    almost = float(jnp.std(scores.at[0].multiply(1.01)))
+    assert alarms.of_training(lines(objective__scores_std=(almost, almost))) == []
+
+
+def test_a_short_answer_may_be_far_from_the_reference_by_the_token():
+    short = {"objective__length": (2.0, 2.0)}
+    assert alarms.of_training(lines(**short, objective__kl=(1.0, 19.0))) == []
+    (alarm,) = alarms.of_training(lines(**short, objective__kl=(1.0, 21.0)))
+    assert alarm.name == "far from the reference"
+
+
+def test_longer_texts_share_more_pairs_of_tokens_without_being_alike():
+    # 6 distinct pairs per response, then 8; then 2, of responses just as long.
+    fewer = {"objective__distinct_bigrams": (0.3, 0.08)}
+    assert alarms.of_training(lines(**fewer, objective__length=(20.0, 100.0))) == []
+    (alarm,) = alarms.of_training(lines(**fewer, objective__length=(20.0, 25.0)))
+    assert alarm.name == "responses alike"
+
+
+def test_the_first_alarm_can_be_given_after_ten_steps():
+    collapsing = lines(10, objective__length=(20.0, 1.0), objective__kl=(0.1, 0.1))
+    assert alarms.of_training(collapsing[:9]) == []
+    assert [alarm.name for alarm in alarms.of_training(collapsing)] == ["length collapsed"]
+
+
+def test_an_alarm_costs_no_more_in_a_long_run():
+    class Counted(list):
+        def __getitem__(self, index):
+            found = super().__getitem__(index)
+            read.append(len(found) if isinstance(index, slice) else 1)
+            return found
+
+        def __iter__(self):
+            raise AssertionError("all lines are read")
+
+    reads = {}
+    for count in (100, 3000):
+        read = []
+        alarms.of_training(Counted(lines(count)))
+        reads[count] = sum(read)
+    assert reads[100] == reads[3000]
 
 
 def test_few_responses_that_ended_at_first_give_no_alarm_of_ends():
@@ -98,6 +150,10 @@ def test_an_alarm_is_given_once_on_the_console_in_its_file_and_first_in_the_repo
     out = capsys.readouterr().out
     assert out.count("ALARM  ppo, step 28: length collapsed: responses had 20 tokens") == 1
     assert out.count("ALARM") == 1
+    counts = [line.get("alarms") for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert counts == [None] * 27 + [1.0] * 13
+    Log(tmp_path).repeat_alarms()
+    assert capsys.readouterr().out.startswith("ALARM  ppo, step 28: length collapsed: responses")
     (line,) = map(json.loads, (tmp_path / "alarms.jsonl").read_text().splitlines())
     assert (line["stage"], line["step"], line["name"]) == ("ppo", 27, "length collapsed")
     page = report.write(tmp_path).read_text()
@@ -113,6 +169,17 @@ def test_a_repeated_step_gives_its_alarm_again(tmp_path, capsys):
                 stage.write(i, collapsing[i])
     assert capsys.readouterr().out.count("ALARM") == 2
     assert len((tmp_path / "alarms.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_alarm_of_held_out_figures_is_given_anew_by_each_process_and_withdrawn(tmp_path):
+    chance = {"eval_accuracy": 0.7, "eval_accuracy_low": 0.4, "eval_accuracy_high": 0.9}
+    better = chance | {"eval_accuracy_low": 0.51}
+    for figures, expected in ((chance, ["chance"]), (chance, ["chance"]), (better, [])):
+        log = Log(tmp_path)  # of a process that goes on after the stage
+        log.withdraw("judge", alarms.CHANCE)
+        for alarm in alarms.of_accuracy(figures):
+            log.alarm("judge", 119, alarm)
+        assert [line["name"] for line in read_lines(tmp_path / "alarms.jsonl")] == expected
 
 
 @pytest.mark.parametrize("vocabulary", [3, 40, 30000])

@@ -213,3 +213,32 @@ def test_a_gemma_without_a_window_is_written_with_full_layers_and_comes_back(fam
     back = configurations.config_from(fields)
     assert back == dataclasses.replace(shape, query_scalar=query_scalar or shape.head_dim)
     assert transformer.as_stored(shape).window is None
+
+
+# What is not finite.
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_weights_that_are_not_finite_are_not_exported_and_what_is_there_stays(bad, tmp_path):
+    model = tiny.model()
+    folders.export(tmp_path / "policy", model, tiny.TOKENIZER)
+    before = (tmp_path / "policy" / "model.safetensors").read_bytes()
+    scale = model.weights["norm"]["scale"].at[3].set(bad)
+    broken = dataclasses.replace(model, weights=model.weights | {"norm": {"scale": scale}})
+    for export in (
+        lambda: folders.export(tmp_path / "policy", broken, tiny.TOKENIZER),
+        lambda: huggingface.save(tmp_path / "other", broken),
+    ):
+        with pytest.raises(ValueError, match="weight norm/scale is NaN or infinite as float"):
+            export()
+    assert (tmp_path / "policy" / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_weight_beyond_half_precision_is_not_written_as_an_infinity(tmp_path):
+    model = tiny.model()
+    scale = model.weights["norm"]["scale"].at[0].set(7e4)
+    large = dataclasses.replace(model, weights=model.weights | {"norm": {"scale": scale}})
+    with pytest.raises(ValueError, match="infinite as float16, .*, or write it as float32"):
+        huggingface.save(tmp_path / "half", large, dtype="float16")
+    huggingface.save(tmp_path / "whole", large, dtype="bfloat16")

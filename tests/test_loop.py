@@ -111,6 +111,44 @@ def test_a_step_that_fails_its_check_is_never_saved(tmp_path):
         assert checkpoints.latest() == 2
 
 
+@pytest.mark.parametrize(
+    "steps, skipped, stops_at",
+    [
+        (40, {3: 1.0, 9: 1.0, 30: 1.0}, None),
+        (40, dict.fromkeys(range(10), 1.0), None),  # half of the last 20, and no more
+        (40, dict.fromkeys(range(20, 40), 0.6), 36),  # 17 times 0.6 is more than 10
+        (40, dict.fromkeys(range(40), 1.0), 10),
+        (3, {0: 1.0, 2: 1.0}, 2),
+    ],
+)
+def test_a_run_stops_once_most_of_its_updates_were_left_out(steps, skipped, stops_at):
+    seen = []
+    check = loop.limit_skips(lambda step, metrics: seen.append(step), steps)
+    for step in range(steps):
+        metrics = {"skipped_updates": skipped.get(step, 0.0)} if skipped else {}
+        if step == stops_at:
+            with pytest.raises(TrainingStopped, match=f"step {step}: .* were left out; lower the"):
+                check(step, metrics)
+            break
+        check(step, metrics)
+    assert seen == list(range(steps if stops_at is None else stops_at + 1))
+
+
+def test_a_loop_that_leaves_out_every_update_stops_and_saves_none_of_them(tmp_path):
+    def step(state, batch):
+        metrics = {"loss": jnp.nan, "bad_step": jnp.int32(-1), "skipped_updates": jnp.float32(1)}
+        return state, loop.Outcome(metrics, jnp.int32(1))
+
+    with Recorded(tmp_path, events := []) as checkpoints:
+        runtime = tiny.runtime(checkpoints=checkpoints)
+        plan = Plan("task", DISPLAY, 8, 5)
+        with pytest.raises(
+            TrainingStopped, match="step 4: 100% of the updates of the last 5 steps"
+        ):
+            loop.train(step, {"count": jnp.int32(0)}, Numbers(), plan, runtime)
+    assert events == []
+
+
 # ------------------------------------------------------------------------------ held-out evaluation
 
 RUNS = {

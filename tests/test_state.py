@@ -360,7 +360,7 @@ def test_bad_updates_may_be_left_out_and_counted(bad):
     [
         ({"loss": np.nan, "grad_norm": np.nan}, "loss"),
         ({"loss": 1.0, "grad_norm": np.inf}, "gradient"),
-        ({"loss": 1.0, "grad_norm": 1.0}, "parameters"),
+        ({"loss": 1.0, "grad_norm": 1.0}, "change of the parameters"),
     ],
 )
 def test_the_host_stops_at_a_bad_step_and_names_it(metrics, what):

@@ -1,14 +1,14 @@
 """Alarms: figures that say that something is wrong with a run, though it goes on.
 
 Each is a function of the metrics that a stage has written so far, one dictionary per step. It
-compares the mean over the last `WINDOW` steps with that over the first ones, so that neither noise
-nor the size of a task decides. What makes numbers wrong, such as a ratio that is not 1 before the
-first update, is no alarm: it stops the run (`on_policy.check`).
+reads means over the last `WINDOW` steps, and compares them with those over the first ones, so that
+neither noise nor the size of a task decides. The first alarm can be given after `WINDOW` steps.
+What makes numbers wrong, such as a ratio that is not 1 before the first update, is no alarm: it
+stops the run (`on_policy.check`).
 
-The thresholds were tried on the 97 stages of 36 runs of the quickstart's task, of the arithmetic
-task and of four conventions of PPO (2026-11-26). One gave an alarm: minimum risk training with four
-passes, which ended 126 nats from its reference with a gold score of 0, was named at the first step
-that can be, 20 of 30.
+Each rule says how close the good runs came to its threshold. These are 60 online stages of the
+quickstart's task, of the arithmetic task, of four conventions of PPO and of a user's files
+(2026-11-27), none of which gives an alarm. `docs/robustness.md` says which runs gave one.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ Lines = Sequence[Mapping[str, Any]]
 
 def of_training(lines: Lines) -> list[Alarm]:
     """The alarms that the steps of a stage so far give; the last line is the newest step."""
-    if len(lines) < 2 * WINDOW:
+    if len(lines) < WINDOW:
         return []
     found = [rule(lines) for rule in RULES]
     return [alarm for alarm in found if alarm is not None]
+
+
+CHANCE = "chance"  # the name of the only alarm of `of_accuracy`
 
 
 def of_accuracy(figures: Mapping[str, Any]) -> list[Alarm]:
@@ -46,7 +49,7 @@ def of_accuracy(figures: Mapping[str, Any]) -> list[Alarm]:
     than = "is no better than" if high >= 0.5 else "is worse than"
     return [
         Alarm(
-            "chance",
+            CHANCE,
             f"its held-out accuracy of {rate:.1%} (95 % interval {low:.1%} to {high:.1%}) {than} "
             "chance: no reward, win rate or choice that rests on it means anything",
         )
@@ -57,7 +60,11 @@ def of_accuracy(figures: Mapping[str, Any]) -> list[Alarm]:
 
 
 def negative_kl(lines: Lines) -> Alarm | None:
-    """A mean KL below 0 by more than the noise of its estimate: some log-probability is wrong."""
+    """A mean KL below 0 by 0.1 nats and by three standard errors: some log-probability is wrong.
+
+    The estimate is a mean of log ratios, which noise alone takes below 0 where the KL is small. The
+    lowest mean of the good runs was 0.001 nats.
+    """
     values = _values(lines[-WINDOW:], "objective/kl")
     if len(values) < WINDOW:
         return None
@@ -73,9 +80,14 @@ def negative_kl(lines: Lines) -> Alarm | None:
 
 
 def far_from_reference(lines: Lines) -> Alarm | None:
-    """More than 1 nat per token: the policy writes what the reference would never write."""
+    """More than 1 nat per token and 20 in all: the reference would never write what is written.
+
+    A short answer may be far away by the token: where the reference answers rightly in one of ten
+    cases, answering rightly always is 2.3 nats. But 20 nats are those of the best of e^21 = 10^9
+    answers. The good runs came to 0.89 nats per token, which were 10 in all.
+    """
     kl, length = (_mean(lines[-WINDOW:], f"objective/{name}") for name in ("kl", "length"))
-    if kl is None or not length or kl / length <= 1.0:
+    if kl is None or not length or kl <= max(length, 20.0):
         return None
     return Alarm(
         "far from the reference",
@@ -85,19 +97,28 @@ def far_from_reference(lines: Lines) -> Alarm | None:
 
 
 def constant_scores(lines: Lines) -> Alarm | None:
-    """All responses have had the same score in every one of the last steps."""
+    """All responses have had the same score in every one of the last steps.
+
+    In float32 the standard deviation of equal numbers is up to 7e-7 of their size (measured for up
+    to 16,384 of them). The lowest of the good runs was 0.1.
+    """
     values = _values(lines[-WINDOW:], "objective/scores_std")
-    if len(values) < WINDOW or max(values) > 0.0:
+    score = _mean(lines[-WINDOW:], "objective/scores") or 0.0
+    if len(values) < WINDOW or max(values) > 1e-5 * abs(score):
         return None
     return Alarm(
         "constant reward",
-        f"the standard deviation of the reward has been 0 for {WINDOW} iterations: nothing can be "
-        "learned from it",
+        f"the standard deviation of the reward has been 0 for {WINDOW} iterations, its mean is "
+        f"{score:.3g}: nothing more can be learned from it",
     )
 
 
 def shorter_responses(lines: Lines) -> Alarm | None:
-    """The responses are a quarter as long as they were."""
+    """The responses are a quarter as long as they were.
+
+    A reward may ask for shorter ones: those of harmless answers went from 33 tokens to 14, and
+    those of the other good runs stayed above 0.9 of their length.
+    """
     return _fallen(
         lines,
         "objective/length",
@@ -108,21 +129,37 @@ def shorter_responses(lines: Lines) -> Alarm | None:
 
 
 def fewer_ends(lines: Lines) -> Alarm | None:
-    """Less than a quarter as many responses end by themselves, of at least one in five."""
-    before = _mean(lines[:WINDOW], "objective/eos_share")
+    """Less than half as many responses end by themselves, of at least one in five.
+
+    A policy that has not learned to end gives no alarm. In the good runs the share stayed above
+    0.96 of what it was.
+    """
+    before = _mean(_ends(lines)[0], "objective/eos_share")
     if before is None or before < 0.2:
         return None
     return _fallen(
         lines,
         "objective/eos_share",
-        0.25,
+        0.5,
         "EOS vanished",
         "{before:.0%} of the responses ended with EOS and now {now:.0%} do: the rest is cut off",
     )
 
 
 def repetitive(lines: Lines) -> Alarm | None:
-    """A third as many distinct pairs of tokens as there were."""
+    """A third of the share of distinct pairs of tokens, and not only because there are more tokens.
+
+    The more tokens a text has, the more of its pairs it repeats, so their number must have fallen
+    as well. The quickstart's share goes from 0.145 to 0.125.
+    """
+    first, last = _ends(lines)
+    pairs = [
+        (_mean(part, "objective/distinct_bigrams") or 0.0)
+        * (_mean(part, "objective/length") or 1.0)
+        for part in (first, last)
+    ]
+    if pairs[1] >= pairs[0]:
+        return None
     return _fallen(
         lines,
         "objective/distinct_bigrams",
@@ -134,7 +171,7 @@ def repetitive(lines: Lines) -> Alarm | None:
 
 
 def certain(lines: Lines) -> Alarm | None:
-    """A twentieth of the entropy is left."""
+    """A twentieth of the entropy is left. In the good runs a fifth or more was."""
     return _fallen(
         lines,
         "objective/token_entropy",
@@ -146,7 +183,10 @@ def certain(lines: Lines) -> Alarm | None:
 
 
 def large_ratio(lines: Lines) -> Alarm | None:
-    """The mean ratio of new to old probability is far from 1 over all updates of an iteration."""
+    """The mean ratio of new to old probability is far from 1 over all updates of an iteration.
+
+    Under the policy that sampled its expectation is 1. The good runs stayed in 0.997 to 1.009.
+    """
     now = _mean(lines[-WINDOW:], "val/ratio")
     if now is None or 0.5 <= now <= 2.0:
         return None
@@ -158,16 +198,25 @@ def large_ratio(lines: Lines) -> Alarm | None:
 
 
 def overfitted(lines: Lines) -> Alarm | None:
-    """The held-out loss is a tenth above its lowest while the loss in training went on falling."""
+    """The held-out loss is a tenth above its lowest while the loss in training went on falling.
+
+    A rise below 0.01 does not count, because a loss near 0 may double by rounding. In the
+    quickstart the held-out losses never were 0.01 above their lowest.
+    """
+    if not _is_number(lines[-1].get("eval/loss")):
+        return None
     evaluated = [i for i, line in enumerate(lines) if _is_number(line.get("eval/loss"))]
-    if len(evaluated) < 3 or evaluated[-1] != len(lines) - 1:
+    if len(evaluated) < 3:
         return None
     best = min(evaluated, key=lambda i: lines[i]["eval/loss"])
     lowest, now = (lines[i]["eval/loss"] for i in (best, evaluated[-1]))
     at_best, trained = (
         _mean(lines[max(0, i + 1 - WINDOW) : i + 1], "loss") for i in (best, evaluated[-1])
     )
-    if at_best is None or trained is None or not (now > 1.1 * lowest > 0 and trained < at_best):
+    rise = now - lowest
+    if at_best is None or trained is None or trained >= at_best:
+        return None
+    if rise <= max(0.1 * abs(lowest), 0.01):
         return None
     return Alarm(
         "overfitted",
@@ -203,10 +252,16 @@ RULES: tuple[Callable[[Lines], Alarm | None], ...] = (
 
 def _fallen(lines: Lines, metric: str, share: float, name: str, text: str) -> Alarm | None:
     """An alarm if the mean of a metric is below this share of what it was in the first steps."""
-    before, now = _mean(lines[:WINDOW], metric), _mean(lines[-WINDOW:], metric)
+    before, now = (_mean(part, metric) for part in _ends(lines))
     if before is None or now is None or before <= 0.0 or now >= share * before:
         return None
     return Alarm(name, text.format(before=before, now=now))
+
+
+def _ends(lines: Lines) -> tuple[Lines, Lines]:
+    """The first steps and the last ones, which are `WINDOW` each as soon as there are enough."""
+    count = min(WINDOW, len(lines) // 2)
+    return lines[:count], lines[-count:]
 
 
 def _values(lines: Lines, metric: str) -> list[float]:

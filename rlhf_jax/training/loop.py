@@ -6,6 +6,7 @@ The loop reads its metrics one step later, so the host never waits for the step 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -23,8 +24,10 @@ from rlhf_jax.stopping import Stop
 from rlhf_jax.together import Member
 from rlhf_jax.training import state as training
 from rlhf_jax.training.checkpoint import Checkpoints, Clock
-from rlhf_jax.training.metrics import Display, Log
+from rlhf_jax.training.metrics import Check, Display, Log
 from rlhf_jax.training.state import MakeOptimizer, TrainState
+
+SKIPS_WINDOW = 20  # steps that `limit_skips` looks at
 
 
 class Config(training.StageConfig):
@@ -112,7 +115,7 @@ def train(
     plan: Plan,
     runtime: Runtime,
     *,
-    check: Callable[[int, dict[str, float]], None] = training.raise_if_bad,
+    check: Check = training.raise_if_bad,
     observe: Callable[[Any], dict[str, float]] | None = None,
     evaluate: Callable[[int, Any], dict[str, float]] | None = None,
 ) -> tuple[Any, list[dict[str, Any]]]:
@@ -121,7 +124,8 @@ def train(
     Continues from the newest intact checkpoint. Step i reads the first batch of
     `batches.from_position(i)` of a `Loader`, so the number of steps done is the whole position in
     the data.
-    `check(i, metrics)` may raise; a checkpoint is written only once its step has passed it.
+    `check(i, metrics)` may raise, and so does `limit_skips`; a checkpoint is written only once its
+    step has passed them.
     `observe(record)` sees what a step recorded, on the host, and returns metrics of its own.
     `evaluate(steps done, state)` runs after every `eval_every` steps; its figures are reported as
     "eval/...".
@@ -135,7 +139,7 @@ def train(
         runtime.stage or plan.name,
         total,
         start=start,
-        check=check,
+        check=limit_skips(check, total),
         display=plan.display,
         devices=list(runtime.mesh.devices.flat),
     )
@@ -161,6 +165,27 @@ def train(
             if stops:
                 stop.obey()
     return state, stage.history
+
+
+def limit_skips(check: Check, num_steps: int) -> Check:
+    """`check`, and TrainingStopped once more than half of the last updates were left out.
+
+    These are the updates of the last 20 steps, or of the whole run where it is shorter. A run that
+    only leaves out updates would otherwise end well, with the parameters that it began with.
+    """
+    shares = collections.deque(maxlen=min(SKIPS_WINDOW, num_steps))
+
+    def checked(step: int, metrics: dict[str, float]) -> None:
+        check(step, metrics)
+        shares.append(metrics.get("skipped_updates", 0.0))
+        if sum(shares) > shares.maxlen / 2:
+            raise training.TrainingStopped(
+                f"step {step}: {sum(shares) / len(shares):.0%} of the updates of the last "
+                f"{len(shares)} steps were not finite and were left out; lower the learning rate, "
+                "or look at the batches"
+            )
+
+    return checked
 
 
 def _on_host(observe: Callable | None, record: Any, figures: dict) -> dict[str, float]:

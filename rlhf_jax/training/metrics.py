@@ -108,10 +108,28 @@ class Log:
 
     def alarm(self, stage: str, step: int, alarm: Alarm) -> None:
         """Prints what is wrong with a stage, and adds it to alarms.jsonl for the report."""
-        self.print(f"ALARM  {stage}, step {step + 1}: {alarm.name}: {alarm.text}")
+        line = {"stage": stage, "step": step, **alarm._asdict()}
+        self._print_alarm(line)
         if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with storage.Lines(self.folder / "alarms.jsonl") as file:
-                file.write(json_line({"stage": stage, "step": step, **alarm._asdict()}))
+                file.write(json_line(line))
+
+    def withdraw(self, stage: str, name: str) -> None:
+        """Removes an alarm of a stage that an earlier process gave, from alarms.jsonl."""
+        if self.writes:
+            path = self.folder / "alarms.jsonl"
+            _drop_lines(path, lambda line: (line["stage"], line["name"]) == (stage, name))
+
+    def repeat_alarms(self) -> None:
+        """Prints once more, for the end of a run, what is in alarms.jsonl."""
+        for line in read_lines(self.folder / "alarms.jsonl") if self.writes else ():
+            self._print_alarm(line)
+
+    def _print_alarm(self, line: dict) -> None:
+        self.print(
+            f"ALARM  {line['stage']}, step {line['step'] + 1}: {line['name']}: {line['text']}"
+        )
 
     def table(self, title: str, rows: list[dict[str, str | float | int]]) -> None:
         """Prints rows as a table, whose columns are the keys of the first row."""
@@ -148,7 +166,7 @@ class Stage:
         self._log, self._total, self._start, self._check = log, total, start, check
         self._display, self._devices = display, devices
         self._pending: tuple | None = None
-        self._before: list[dict] = []  # the lines of the steps of an earlier process
+        self._lines: list[dict] = []  # of every step, those of an earlier process included
         self._alarms: set[str] = set()  # that have been given
         self._written = 0
         self._tracing = False
@@ -188,7 +206,8 @@ class Stage:
         `metrics` are scalars, on the device or not. `tokens` counts the real tokens that the step
         processed, on all hosts together and without padding. Every step but the first is given the
         metrics of `Speed.add`: `tokens_per_second`, and from a metric called `model_flops` the
-        `model_flops_utilisation` of the stage's devices. `more` is called when this step is
+        `model_flops_utilisation` of the stage's devices. `alarms` is how many the stage has given
+        (`training/alarms.py`), from the first one on. `more` is called when this step is
         converted (at the next write, or at `flush`) and returns further scalars: what is measured
         on the host, such as `more=lambda: observe(rollout)`, then does not keep the device waiting.
 
@@ -236,8 +255,8 @@ class Stage:
         kept = _drop_lines(self._log.folder / "metrics.jsonl", is_repeated)
         given = _drop_lines(self._log.folder / "alarms.jsonl", is_repeated)
         self._alarms = {line["name"] for line in given if line["stage"] == self.name}
-        self._before = [line for line in kept if line["stage"] == self.name]
-        return max((line["seconds"] for line in self._before), default=0.0)
+        self._lines = [line for line in kept if line["stage"] == self.name]
+        return max((line["seconds"] for line in self._lines), default=0.0)
 
     def _convert(self, step: int, metrics: dict, tokens, more, check: Check | None) -> None:
         values, tokens = jax.device_get((metrics, tokens))
@@ -248,9 +267,13 @@ class Stage:
         flops = floats.get("model_flops", 0.0)
         floats |= self._speed.add(time.perf_counter(), float(tokens), flops)
         seconds = round(self._seconds_before + self._speed.seconds, 3)
-        self.history.append({"step": step, "seconds": seconds, **floats})
+        line = {"step": step, "seconds": seconds, **floats}
+        found = self._new_alarms(line)
+        if self._alarms:
+            line["alarms"] = floats["alarms"] = float(len(self._alarms))
+        self.history.append(line)
         if self._file is not None:
-            self._file.write(json_line({"stage": self.name, **self.history[-1]}))
+            self._file.write(json_line({"stage": self.name, **line}))
         if self._board is not None:
             for name, value in floats.items():
                 # TensorBoard cannot draw NaN, and its writer prints a warning for each.
@@ -259,10 +282,15 @@ class Stage:
         self._progress.show(step, floats, self._speed)
         if check is not None:
             check(step, floats)
-        for alarm in alarms.of_training([*self._before, *self.history]):
-            if alarm.name not in self._alarms:
-                self._alarms.add(alarm.name)
-                self._log.alarm(self.name, step, alarm)
+        for alarm in found:
+            self._log.alarm(self.name, step, alarm)
+
+    def _new_alarms(self, line: dict) -> list[Alarm]:
+        """The alarms that a step gives and none before it gave."""
+        self._lines.append(line)
+        found = [a for a in alarms.of_training(self._lines) if a.name not in self._alarms]
+        self._alarms |= {alarm.name for alarm in found}
+        return found
 
     def _scalar(self, name: str, value) -> float:
         array = np.asarray(value)

@@ -29,7 +29,8 @@ class TrainingStopped(RuntimeError):
 class StageConfig(checkpoint.Config):
     """What every stage is told of its checkpoints, and of updates that are not finite."""
 
-    # "skip": the networks stay as they were, and training goes on; `skipped_updates` counts it.
+    # "skip": the networks stay as they were, and training goes on; `skipped_updates` is the share
+    # of a step's updates. Where most are left out the run stops: see `loop.limit_skips`.
     on_bad_update: Literal["stop", "skip"] = "stop"
 
 
@@ -253,7 +254,7 @@ def raise_if_bad(step: int, metrics: dict[str, float]) -> None:
     bad = metrics["bad_step"]
     if bad >= 0:
         loss, norm = (math.isfinite(metrics.get(name, 0.0)) for name in ("loss", "grad_norm"))
-        what = "gradient" if loss and not norm else "loss" if not loss else "parameters"
+        what = "loss" if not loss else "gradient" if not norm else "change of the parameters"
         raise TrainingStopped(
             f"non-finite {what} at update {int(bad)}: the parameters were left as they "
             "were before it and nothing was saved since; lower the learning rate, or look at the "

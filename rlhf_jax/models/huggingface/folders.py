@@ -217,10 +217,10 @@ def save(
     `dtype` is "float32", "bfloat16" or "float16"; None means that of `like`, or else float32.
     Tensors are gathered one file at a time, each of at most `max_shard_bytes`.
 
-    Raises ValueError if the folder holds a model already, if `like` describes another model, if the
-    head is missing or ambiguous, and for a scalar head that transformers cannot represent: its
-    classifiers have no bias, and they find the last token by `pad_token_id`, which must therefore
-    be set and must not be an EOS id.
+    Raises ValueError if the folder holds a model already, if a weight is not finite, if `like`
+    describes another model, if the head is missing or ambiguous, and for a scalar head that
+    transformers cannot represent: its classifiers have no bias, and they find the last token by
+    `pad_token_id`, which must therefore be set and must not be an EOS id.
 
     config.json is written last: a folder without one is incomplete. With several processes all of
     them call this function, and process 0 writes.
@@ -237,6 +237,7 @@ def save(
         raise ValueError(
             f"dtype={dtype!r} cannot be written; use one of {', '.join(WRITTEN_DTYPES)}"
         )
+    check_finite(model.weights, dtype)
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -251,6 +252,26 @@ def save(
     processes.first(begin)
     _write_tensors(folder, model, family, head, WRITTEN_DTYPES[dtype], max_shard_bytes)
     processes.first(finish)
+
+
+def check_finite(weights: Any, dtype: str = "float32") -> None:
+    """Raises ValueError, naming the array, for weights that are not all finite as `dtype`.
+
+    An infinity may come from `dtype` alone: float16 ends at 65,504. With several processes all of
+    them call this function.
+    """
+    for path, finite in _by_path(_all_finite(weights, dtype)).items():
+        if not finite:
+            raise ValueError(
+                f"weight {path} is NaN or infinite as {dtype}, so the model is not written; go "
+                "back to an earlier checkpoint"
+                + (", or write it as float32" if dtype == "float16" else "")
+            )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _all_finite(weights, dtype):
+    return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x.astype(dtype))), weights)
 
 
 def _copy_generation_config(like, folder):

@@ -197,13 +197,14 @@ def save_adapter(
     ("score") is written with the adapter, for `AutoModelForSequenceClassification` with
     `num_labels=1`, which finds the last token by the base's `pad_token_id`. With several processes
     all of them call this function, and process 0 writes.
-    Raises ValueError for a model without an adapter; for a scalar head with a bias, which peft has
-    no place for (see `transformer.without_score_bias`); and for a family whose kernels transformers
-    stores joined (GPT-2, Phi-3, GPT-NeoX), where peft adapts the joined kernel and this library its
-    parts: export `lora.merge(model)` instead.
+    Raises ValueError for a model without an adapter; for a weight that is not finite; for a scalar
+    head with a bias, which peft has no place for (see `transformer.without_score_bias`); and for a
+    family whose kernels transformers stores joined (GPT-2, Phi-3, GPT-NeoX), where peft adapts the
+    joined kernel and this library its parts: export `lora.merge(model)` instead.
     """
     head = folders.choose_head(model, head)
     family, _ = configurations.family_of(files.read_config(pathlib.Path(like)))
+    folders.check_finite(model.weights)
     record, tensors = to_peft(model, family, head, str(like))
     folder = storage.path(folder)
 
