@@ -38,7 +38,7 @@ SAVING = [
     )
 ]  # fmt: skip
 RESTORING = [("restoring", 1, seconds) for seconds in (0.0, 0.005, 0.02, 0.05, 0.1)]
-COMPILING = [("compiling", number, 0.01) for number in (3, 30, 60, 90)]
+COMPILING = [("compiling", number, 0.01) for number in (3, 8, 15, 30)]
 KILLS = [*STEPPING, *SAVING, *RESTORING, *COMPILING]
 PREPARED = ("stepping", 19, 0.0)  # what is killed here has checkpoints of PPO's iterations 4 and 6
 UNTIMED = ("seconds", "tokens_per_second", "model_flops_utilisation", "reward/")
