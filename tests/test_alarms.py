@@ -129,7 +129,11 @@ def test_a_held_out_loss_that_rises_while_the_other_falls_is_overfitting(held_ou
 
 @pytest.mark.parametrize(
     "low, high, said",
-    [(0.36, 0.92, "is no better than chance"), (0.1, 0.4, "worse than chance"), (0.51, 0.9, None)],
+    [
+        (0.36, 0.92, "cannot be told from chance"),
+        (0.1, 0.4, "worse than chance"),
+        (0.51, 0.9, None),
+    ],
 )
 def test_a_reward_model_that_may_be_chance_gives_an_alarm(low, high, said):
     figures = {"eval_accuracy": 0.714, "eval_accuracy_low": low, "eval_accuracy_high": high}

@@ -46,12 +46,12 @@ def of_accuracy(figures: Mapping[str, Any]) -> list[Alarm]:
     rate, low, high = (figures.get(f"eval_accuracy{end}") for end in ("", "_low", "_high"))
     if low is None or low > 0.5:
         return []
-    than = "is no better than" if high >= 0.5 else "is worse than"
+    than = "cannot be told from" if high >= 0.5 else "is worse than"
     return [
         Alarm(
             CHANCE,
             f"its held-out accuracy of {rate:.1%} (95 % interval {low:.1%} to {high:.1%}) {than} "
-            "chance: no reward, win rate or choice that rests on it means anything",
+            "chance: a reward, win rate or choice that rests on it shows nothing",
         )
     ]
 

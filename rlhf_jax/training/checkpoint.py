@@ -292,8 +292,9 @@ class Clock:
 
 def checksums(arrays: dict[str, Array]) -> dict[str, int]:
     """The `checksum` of each array, by its name."""
-    found = jax.device_get({name: checksum(array) for name, array in arrays.items()})
-    return {name: int(value) for name, value in found.items()}
+    # One after the other: each is a sum over devices, and of many that are under way at once the
+    # virtual devices of a busy CPU may wait for each other for ever.
+    return {name: int(checksum(array)) for name, array in arrays.items()}
 
 
 @jax.jit
