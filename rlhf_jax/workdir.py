@@ -244,7 +244,8 @@ def started_from(config: Config, folder: str) -> Config:
     hints = typing.get_type_hints(type(config))
     free = [name for name in EXPORTS if hints.get(name) is Source and not vars(config)[name]]
     if "model" not in free:
-        why = "is named by --model already" if "model" in hints else "is made by this experiment"
+        named = hints.get("model") is Source
+        why = "is named by --model already" if named else "is made by this experiment"
         raise ValueError(f"--from {folder}: the model to start from {why}; leave one of them out")
     found = {
         name: str(where / path)

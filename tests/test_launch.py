@@ -347,7 +347,7 @@ def test_a_value_outside_its_range_is_refused_on_the_command_line(tmp_path):
 
 
 def test_help_shows_every_flag_with_its_default(tmp_path):
-    done = program(tmp_path, "--help")
+    done = program(tmp_path, "--help-all")
     assert done.returncode == 0 and done.stderr == ""
     for text in ("What the help says first.", "--kl-coef FLOAT", "(default: 0.1)", "--seed INT"):
         assert text in done.stdout
