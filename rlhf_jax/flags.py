@@ -149,7 +149,7 @@ def _listed(names: Iterable[str], texts: dict[str, tuple[str, str]]) -> list[str
         usage, text = texts[name]
         text = textwrap.shorten(text, wide, placeholder="...")
         lines.append(f"  {usage}".ljust(COLUMN - 1) + f" {text}")
-    return [line[:COLUMNS] for line in lines]
+    return [line[:COLUMNS].rstrip() for line in lines]
 
 
 def _texts(kind: type) -> dict[str, tuple[str, str]]:
@@ -164,7 +164,8 @@ def _texts(kind: type) -> dict[str, tuple[str, str]]:
         match = re.match(r"--([\w.-]+)", text)
         if match:
             name = match[1]
-            found[name] = (text, "")
+            usage, _, rest = text.partition("   ")  # tyro puts short ones into one line
+            found[name] = (usage, rest.strip())
         elif not text or set(text) <= {"-"} or re.fullmatch(r"([\w.-]+ )?options", text):
             name = None  # between two groups
         elif name is not None:

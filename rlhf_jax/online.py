@@ -242,11 +242,11 @@ def init_state(
 def update(
     make_batch: Callable,
     loss_fn: Callable,
-    make: MakeOptimizer,
     config: Config,
     state: State,
     frozen: dict,
     rollout: Rollout,
+    make: MakeOptimizer = training.make_optimizer,
 ) -> tuple[State, dict[str, Array]]:
     """All epochs of one iteration as one program: (state, metrics).
 
@@ -352,7 +352,8 @@ def compile_programs(
         ),
         update=loop.compiled(
             update,
-            (algorithm.make_batch, algorithm.loss, algorithm.make_optimizer),
+            (algorithm.make_batch, algorithm.loss),
+            options=(("make", algorithm.make_optimizer),),
             in_shardings=(replicated, states, constants, rows),
             out_shardings=(states, replicated),
             donate=(1,),

@@ -496,8 +496,7 @@ def test_the_first_minibatch_of_sampled_responses_has_ratio_1_and_nothing_clippe
     def iteration(state, prompts):
         params = frozen | state.train.trainable
         rollout = online.collect(DRAWING, learned.score, config, params, state.iteration, prompts)
-        functions = (ppo.make_batch, ppo.loss, training.make_optimizer)
-        return rollout, online.update(*functions, config, state, frozen, rollout)[1]
+        return rollout, online.update(ppo.make_batch, ppo.loss, config, state, frozen, rollout)[1]
 
     prompts = Prompts(tokens, attend, jnp.arange(16))
     rollout, metrics = iteration(fresh_state(config, models), prompts)

@@ -350,23 +350,29 @@ def check_evaluation(eval_every: int, evaluate: Callable | None) -> None:
 
 
 def compiled(
-    fn: Callable, static: tuple, *, in_shardings, out_shardings, donate: tuple[int, ...] = ()
+    fn: Callable,
+    static: tuple,
+    *,
+    in_shardings,
+    out_shardings,
+    donate: tuple[int, ...] = (),
+    options: tuple[tuple[str, Any], ...] = (),
 ) -> Callable:
-    """`jax.jit` of `functools.partial(fn, *static)`, the same object for the same arguments.
+    """`jax.jit` of `functools.partial(fn, *static, **options)`, the same for the same arguments.
 
     jax.jit caches programs by the identity of the function, so a function made anew for every run
     would be compiled again. Therefore `fn` is defined at module level, `static` holds functions and
     other hashable values, and everything else is passed at the call.
     """
     leaves, structure = jax.tree.flatten((in_shardings, out_shardings))
-    return _compiled(fn, static, structure, tuple(leaves), donate)
+    return _compiled(fn, static, options, structure, tuple(leaves), donate)
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(fn, static, structure, leaves, donate):
+def _compiled(fn, static, options, structure, leaves, donate):
     in_shardings, out_shardings = jax.tree.unflatten(structure, leaves)
     return jax.jit(
-        functools.partial(fn, *static),
+        functools.partial(fn, *static, **dict(options)),
         in_shardings=in_shardings,
         out_shardings=out_shardings,
         donate_argnums=donate,
