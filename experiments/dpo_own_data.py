@@ -67,7 +67,7 @@ class Data(NamedTuple):
 
 def read(config: Config, tokenizer: Tokenizer) -> Data:
     """Reads the file of preferences. Raises ValueError for an unusable one."""
-    file = own_files.open_file(config, "preferences")
+    file = own_files.open_file(config, "preferences", formats.comparison)
     own_files.check_prompts(config, tokenizer.chat_template is not None, None, [file])
     examples = functools.partial(own_files.tokenised, config, tokenizer)
     sizes = (config.max_prompt, config.max_response)

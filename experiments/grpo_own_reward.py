@@ -73,7 +73,8 @@ config = Config()
 
 def read(config: Config, tokenizer: Tokenizer) -> pipeline.Split:
     """The prompts, tokenised, and the held-out ones. Raises ValueError for an unusable file."""
-    file = own_files.open_file(config, "prompts" if config.prompts else "preferences")
+    name = "prompts" if config.prompts else "preferences"
+    file = own_files.open_file(config, name, formats.prompt)
     own_files.check_prompts(config, tokenizer.chat_template is not None, None, [file])
     examples = functools.partial(own_files.tokenised, config, tokenizer, batches.prompts, file)
     parts = (

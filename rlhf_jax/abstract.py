@@ -32,6 +32,8 @@ from rlhf_jax.rewards import learned
 from rlhf_jax.sampling.decode import BLOCK, Sampling
 from rlhf_jax.sampling.rollout import Drawing, Score
 from rlhf_jax.training import loop
+from rlhf_jax.training import state as training
+from rlhf_jax.training.state import MakeOptimizer
 
 
 class Program(NamedTuple):
@@ -135,6 +137,7 @@ def supervised(
     frozen: dict[str, Any] | None = None,
     init: Callable = loop.init_state,
     update: Callable = loop.update,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     resident: Any = (),
 ) -> Stage:
     """What `loop.fit` runs with these arguments; `result` are the models by name.
@@ -146,8 +149,11 @@ def supervised(
     given = {**bases, **(frozen or {})}
     trained, frozen = loop.arranged(mesh, trainable, given)
     with jax.set_mesh(mesh):
-        state, restored = (sharding.abstract(mesh, init, config, trained) for _ in range(2))
-        step = loop.supervised_program(loss_fn, mesh, state, frozen, update)
+        first = (config, trained, make_optimizer)
+        state, restored = (
+            sharding.abstract(mesh, init, *first, static_argnums=2) for _ in range(2)
+        )
+        step = loop.supervised_program(loss_fn, mesh, state, frozen, update, make_optimizer)
     held = (models, given, frozen, resident)
     rows = _rows(batch) // config.micro_batches
     programs = [
@@ -191,6 +197,7 @@ class Inputs(TypedDict, total=False):
     critic: Model | None
     pretraining: Demonstrations | None  # a batch of the text that is mixed in
     score: Score | None  # None for a reward in Python
+    make_optimizer: MakeOptimizer  # as `run` is given it
     resident: Any  # what the experiment holds besides
 
 
@@ -207,6 +214,7 @@ def online(
     critic: Model | None = None,
     pretraining: Demonstrations | None = None,
     score: Score | None = learned.score,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     resident: Any = (),
 ) -> Stage:
     """What `online.run` runs with these arguments; `result` is the trained policy."""
@@ -217,11 +225,10 @@ def online(
     given = {"reference": policy, "scorer": scorer, **bases}
     trained, frozen = loop.arranged(mesh, trainable, given)
     batch = prompts(mesh, algorithms.prompt_rows(config, mesh), max_prompt, max_reference)
+    algorithm = algorithm._replace(make_optimizer=make_optimizer)
     with jax.set_mesh(mesh):
-        state, restored = (
-            sharding.abstract(mesh, algorithms.init_state, config, algorithm.memory, trained)
-            for _ in range(2)
-        )
+        first = (algorithms.init_state, config, algorithm.memory, trained, make_optimizer)
+        state, restored = (sharding.abstract(mesh, *first, static_argnums=3) for _ in range(2))
         programs = algorithms.compile_programs(algorithm, Drawing(ends), score, mesh, state, frozen)
         params = partition.combine(frozen, state.train.trainable)
         if programs.prepare is not None:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import re
 import sys
 import textwrap
@@ -110,7 +111,7 @@ def short_help(config: Config, about: str) -> str:
     It fits `LINES`: where an experiment sets too much, the settings inside of a stage's own parts
     (its optimizers, its sampling) are left out, and then the stages for which there is no room.
     """
-    texts, paragraphs = _texts(_kind(config)), about.split("\n\n")
+    texts, paragraphs = _texts(config), about.split("\n\n")
     lines = ["\n\n".join(paragraphs[:3]), "", "flags:", *_listed(USUAL, texts), "", "settings:"]
     settings = dict(_settings(config))
     lines += _listed([name for name in settings if "." not in name], texts)
@@ -141,6 +142,21 @@ def _settings(config: Config, prefix: str = "") -> Iterator[tuple[str, bool]]:
             yield name, value != field.default
 
 
+def _page(config: Config) -> str:
+    """The whole help, in one column whatever the terminal: a wide one would get several."""
+    printed, before = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(COLUMNS)
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            options = {"description": "", "config": (tyro.conf.AvoidSubcommands,)}
+            tyro.cli(_kind(config), args=["--help"], **options)
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
+    return printed.getvalue()
+
+
 def _listed(names: Iterable[str], texts: dict[str, tuple[str, str]]) -> list[str]:
     """A line for each flag, cut where it would need a second one."""
     wide = COLUMNS - COLUMN
@@ -152,18 +168,23 @@ def _listed(names: Iterable[str], texts: dict[str, tuple[str, str]]) -> list[str
     return [line[:COLUMNS].rstrip() for line in lines]
 
 
-def _texts(kind: type) -> dict[str, tuple[str, str]]:
+def names(config: Config) -> list[str]:
+    """Every flag of an experiment, as it is called: those of `launch` and the settings."""
+    own = [name.rstrip("_").replace("_", "-") for name, *_ in _own()]
+    return [*own, "debug", *(name for name, _ in _settings(config))]
+
+
+def _texts(config: Config) -> dict[str, tuple[str, str]]:
     """(usage, text) of every flag by its name, read from the whole help."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        tyro.cli(kind, args=["--help"], description="", config=(tyro.conf.AvoidSubcommands,))
-    found: dict[str, tuple[str, str]] = {}
-    name = None
-    for line in printed.getvalue().splitlines():
+    found = {name: (f"--{name}", "") for name in names(config)}
+    unread, name = set(found), None
+    for line in _page(config).splitlines():
         text = re.sub(r"\x1b\[[0-9;]*m", "", line).strip(_FRAME)
         match = re.match(r"--([\w.-]+)", text)
-        if match:
+        # The text of another flag may begin a line with the name of one.
+        if match and match[1] in unread:
             name = match[1]
+            unread.remove(name)
             usage, _, rest = text.partition("   ")  # tyro puts short ones into one line
             found[name] = (usage, rest.strip())
         elif not text or set(text) <= {"-"} or re.fullmatch(r"([\w.-]+ )?options", text):

@@ -198,9 +198,8 @@ def make_optimizer(
     config: Config, make: MakeOptimizer = training.make_optimizer
 ) -> optax.GradientTransformation:
     """One transformation per network, each with its own clipping; built inside compiled steps."""
-    parts = {
-        name: make(optimizer, config.num_updates) for name, optimizer in config.optimizers().items()
-    }
+    settings, count = config.optimizers().items(), config.num_updates
+    parts = {name: training.made(make, optimizer, count) for name, optimizer in settings}
     return optax.partition(parts, lambda params: jax.tree.map_with_path(_network, params))
 
 

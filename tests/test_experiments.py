@@ -52,8 +52,12 @@ WITH_FLAGS = [path for path in PROGRAMS if path.parent == EXPERIMENTS]
 
 
 @pytest.mark.parametrize("path", WITH_FLAGS, ids=lambda path: path.stem)
-def test_the_help_of_an_experiment_fits_two_screens_its_own_settings_first(experiment, path):
+def test_the_help_of_an_experiment_fits_two_screens_its_own_settings_first(
+    experiment, path, monkeypatch
+):
     module = experiment(path.stem)
+    whole, print_whole = [], flags._page
+    monkeypatch.setattr(flags, "_page", lambda x: whole.append(print_whole(x)) or whole[0])
     page = flags.short_help(module.config, inspect.cleandoc(module.__doc__)).splitlines()
     assert len(page) <= 98  # a command of a docstring may take two lines
     assert max(map(len, page[page.index("flags:") :])) <= 100
@@ -65,18 +69,33 @@ def test_the_help_of_an_experiment_fits_two_screens_its_own_settings_first(exper
     assert [line.split()[0].rstrip(",") for line in page[place + 1 : place + 1 + len(own)]] == [
         f"--{name.replace('_', '-')}" for name in own
     ]
-    assert re.fullmatch(r"--help-all shows all \d+ flags\.", page[-1])
+    # The whole help has a line for every setting, counted here by walking through the fields.
+    settings = set(paths(module.config))
+    printed = re.findall(r"^\W*--([a-z][\w.-]*)", whole[0], re.MULTILINE)
+    assert settings | {"workdir", "from", "sweep-shard", "coordinator", "debug"} <= set(printed)
+    assert page[-1] == f"--help-all shows all {len(settings) + 18} flags."
 
 
-def test_both_lengths_of_help_are_printed_and_the_long_one_has_every_flag(capsys):
+def paths(config, prefix=""):
+    """The names of all settings, those inside of others after a dot."""
+    for name, value in vars(config).items():
+        path = f"{prefix}{name}".replace("_", "-")
+        yield from paths(value, f"{path}.") if isinstance(value, Config) else [path]
+
+
+@pytest.mark.parametrize("columns", ["100", "250"])
+def test_both_lengths_of_help_are_printed_and_the_long_one_has_every_flag(
+    capsys, columns, monkeypatch
+):
     module = importlib.import_module("toy_run")
+    monkeypatch.setenv("COLUMNS", columns)  # tyro has several columns where there is room
     printed = []
     for flag in ("--help", "--help-all"):
         with pytest.raises(SystemExit) as exit:
             flags.parse(module.config, [flag])
         assert exit.value.code == 0
-        printed.append(capsys.readouterr().out)
-    every = set(re.findall(r"^ +--([\w.-]+)", printed[1], re.MULTILINE))
+        printed.append(re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out))
+    every = set(re.findall(r"(?:^|[│ ] )--([a-z][\w.-]*)", printed[1], re.MULTILINE))
     assert len(every) == int(re.search(r"all (\d+) flags", printed[0])[1])
     assert {"ppo.sampling.max-new-tokens", "coordinator", "ppo.kl-coef"} <= every
     assert "--ppo.sampling.max-new-tokens" in printed[0] and "coordinator" not in printed[0]

@@ -334,7 +334,7 @@ def test_a_fault_is_one_line_with_place_and_remedy(row, message):
 
 
 def test_an_unknown_format_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"^format='alpacca' is not known; use one of text, prom"):
+    with pytest.raises(ValueError, match=r"^format='alpacca' is not known; did you mean 'alp.*"):
         formats.read(ALPACA, "alpacca")
 
 
@@ -358,7 +358,7 @@ def test_each_use_takes_the_rows_it_can_use():
     assert formats.prompt(pair).prompt == formats.prompt(ALPACA).prompt == said("p")
     with pytest.raises(ValueError, match="which may be a bad one to imitate; train a reward model"):
         formats.demonstration(judged)
-    with pytest.raises(ValueError, match="^'prompt' is missing; a comparison has"):
+    with pytest.raises(ValueError, match="^'chosen' is missing; a comparison has"):
         formats.comparison(judged)
     with pytest.raises(ValueError, match="^no response has a score; regression takes scores"):
         formats.annotation(pair)

@@ -347,7 +347,7 @@ def test_a_value_outside_its_range_is_refused_on_the_command_line(tmp_path):
 
 
 def test_help_shows_every_flag_with_its_default(tmp_path):
-    done = program(tmp_path, "--help-all")
+    done = program(tmp_path, "--help-all", COLUMNS="100")
     assert done.returncode == 0 and done.stderr == ""
     for text in ("What the help says first.", "--kl-coef FLOAT", "(default: 0.1)", "--seed INT"):
         assert text in done.stdout
@@ -355,6 +355,16 @@ def test_help_shows_every_flag_with_its_default(tmp_path):
         assert text in done.stdout
     for flag in ("--workdir DIR", "--data DIR", "--mesh SIZES", "--profile STEPS", "--debug"):
         assert flag in done.stdout
+
+
+def test_the_short_help_has_what_most_runs_need_on_any_terminal(tmp_path):
+    done = program(tmp_path, "--help", COLUMNS="250")
+    assert done.returncode == 0 and done.stderr == ""
+    for text in ("What the help says first.", "--workdir DIR", "--kl-coef FLOAT", "(default: 0.1)"):
+        assert text in done.stdout
+    assert "--profile" not in done.stdout and "Of the toy." not in done.stdout
+    assert done.stdout.endswith("\n--help-all shows all 22 flags.\n")
+    assert all(line == line.rstrip() for line in done.stdout.splitlines())
 
 
 def test_a_program_runs_profiles_and_caches_what_it_compiles_under_home(tmp_path):

@@ -199,7 +199,8 @@ def test_rows_that_fit_two_formats_are_read_as_the_one_that_is_named(
     config = dataclasses.replace(config, max_prompt=64, max_response=64, on_bad_row="drop")
     tokenizer = own_files.open_tokenizer(real_data / "models" / "stories260K", True)
     with pytest.raises(
-        ValueError, match=r"no usable row is left \(\d+ rows, 0 kept, .* faulty row"
+        ValueError,
+        match=r"none of its 17 rows .*:2: the fields fit .*name one by --preferences-format",
     ):
         task.read(config, tokenizer)
     config = dataclasses.replace(config, preferences_format="preference")

@@ -400,6 +400,7 @@ def programs(
     reference: Model | None = None,
     reference_free: bool = False,
     loss_fn: Callable = loss,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     resident: Any = (),
 ) -> Stage:
     """What `run` and `evaluate` run; `result` is the trained policy.
@@ -417,6 +418,7 @@ def programs(
         loss_fn=loss_fn,
         name="dpo",
         frozen=frozen,
+        make_optimizer=make_optimizer,
         resident=resident,
     )
     trained = stage.result["policy"]

@@ -164,6 +164,7 @@ def programs(
     *,
     loss_fn: Callable = loss,
     name: str = "process_reward",
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     resident: Any = (),
 ) -> Stage:
     """What `run` and `evaluate` run on rows of `length` tokens; `result` is the trained scorer.
@@ -175,7 +176,14 @@ def programs(
     models = {"scorer": abstract.derived(heads.init_scorer, mesh, policy, key)}
     held = (policy, resident)
     stage = abstract.supervised(
-        config, models, batch, mesh, loss_fn=loss_fn, name=name, resident=held
+        config,
+        models,
+        batch,
+        mesh,
+        loss_fn=loss_fn,
+        name=name,
+        make_optimizer=make_optimizer,
+        resident=held,
     )
     scorer = stage.result["scorer"]
     scoring = (_scored, (config.micro_batches,), (scorer,), batch, mesh)

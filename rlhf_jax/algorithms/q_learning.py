@@ -367,6 +367,7 @@ def programs(
     *,
     responses: int = 1,
     method: Method = ILQL,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     resident: Any = (),
 ) -> Stage:
     """What `run` runs; `result` is the trained network.
@@ -384,6 +385,7 @@ def programs(
         frozen={"policy": policy} if method.reads_policy else {},
         init=init_state,
         update=update,
+        make_optimizer=make_optimizer,
         resident=resident,
     )
     return stage._replace(result=stage.result["network"])

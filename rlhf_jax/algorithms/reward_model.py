@@ -263,6 +263,7 @@ def programs(
     loss_fn: Callable = loss,
     centred_on: Demonstrations | None = None,
     name: str = "reward_model",
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     resident: Any = (),
 ) -> Stage:
     """What `run`, `evaluate` and `centre` run; `result` is the trained scorer.
@@ -276,7 +277,14 @@ def programs(
     models = {"scorer": abstract.derived(heads.init_scorer, mesh, policy, key)}
     held = (policy, resident)
     stage = abstract.supervised(
-        config, models, batch, mesh, loss_fn=loss_fn, name=name, resident=held
+        config,
+        models,
+        batch,
+        mesh,
+        loss_fn=loss_fn,
+        name=name,
+        make_optimizer=make_optimizer,
+        resident=held,
     )
     scorer = stage.result["scorer"]
     scoring = (_scored, (config.micro_batches,), (scorer,), batch, mesh)

@@ -120,6 +120,7 @@ def programs(
     mesh: jax.sharding.Mesh,
     *,
     loss_fn: Callable = loss,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     resident: Any = (),
 ) -> Stage:
     """What `run` and `evaluate` run on rows of `length` tokens; `result` is the trained policy.
@@ -128,7 +129,14 @@ def programs(
     """
     batch = abstract.demonstrations(mesh, config.batch_size, length)
     stage = abstract.supervised(
-        config, {"policy": policy}, batch, mesh, loss_fn=loss_fn, name="sft", resident=resident
+        config,
+        {"policy": policy},
+        batch,
+        mesh,
+        loss_fn=loss_fn,
+        name="sft",
+        make_optimizer=make_optimizer,
+        resident=resident,
     )
     trained = stage.result["policy"]
     held = stage.held if config.eval_every else (policy, resident)

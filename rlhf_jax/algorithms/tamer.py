@@ -190,6 +190,7 @@ def programs(
     *,
     responses: int = 1,
     loss_fn: Callable = loss,
+    make_optimizer: MakeOptimizer = training.make_optimizer,
     resident: Any = (),
 ) -> Stage:
     """What `run` runs on responses of whole ratings; `result` is the trained network.
@@ -204,6 +205,7 @@ def programs(
         mesh,
         loss_fn=loss_fn,
         name="tamer",
+        make_optimizer=make_optimizer,
         resident=resident,
     )
     return stage._replace(result=stage.result["network"])

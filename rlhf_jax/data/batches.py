@@ -54,6 +54,7 @@ def demonstrations(
 ) -> Examples:
     """Tokenises rows with a response to imitate; `rows` are those of `builders.load`, or dicts.
 
+    A row whose format says that all of its responses are to be imitated counts as one row for each.
     The tokens are BOS, prompt, completion, EOS, and the loss is on completion and EOS. For plain
     text the loss is on all tokens but the first, which nothing predicts. Messages are rendered by
     the tokenizer's chat template; `turns="all"` trains on every answer of a conversation, which may
@@ -72,6 +73,7 @@ def demonstrations(
         return reason or records.DemonstrationRow((document,))
 
     reading = _Reading(formats.demonstration, _without_extra, format, on_bad_row, length)
+    reading = reading._replace(parts=formats.demonstrations)
     kept = _tokenised(rows, tokenizer, reading, tokenize)
     return Examples(*kept, Shape(length, tokenizer.pad_id), records.collate_demonstrations)
 
@@ -361,6 +363,10 @@ def _over_limit(document: Document, max_prompt: int, max_response: int) -> str |
     return LONG_RESPONSE if len(document.ids) - start > max_response else None
 
 
+def _alone(example: Example) -> tuple[Example, ...]:
+    return (example,)
+
+
 class _Reading(NamedTuple):
     """How the rows of a file become examples."""
 
@@ -371,6 +377,7 @@ class _Reading(NamedTuple):
     format: formats.FormatLike
     on_bad_row: OnBadRow
     room: int  # tokens that the longest document may have
+    parts: Callable[[Example], tuple[Example, ...]] = _alone  # the examples of a row
 
 
 def _always_usable(example: Example, documents: Sequence[Document]) -> None:
@@ -431,28 +438,34 @@ def _tokenised(
     dropped: dict[str, int] = {}
     first: dict[str, str] = {}
     total = 0
+
+    def outcome_of(example: Example) -> records.TokenRow | str:
+        used = reading.used(example)
+        digest = hashlib.blake2b(repr(used).encode(), digest_size=16).digest()
+        outcome = DUPLICATE if digest in seen else _oversized(used, max_characters)
+        outcome = outcome or tokenize(used)
+        seen.add(digest)
+        return outcome
+
     for row, where in formats.numbered(rows):
-        total += 1
         note = where
         try:
             with schema.at(where):
-                example = reading.parse(row, reading.format)
-                used = reading.used(example)
-                digest = hashlib.blake2b(repr(used).encode(), digest_size=16).digest()
-                outcome = DUPLICATE if digest in seen else _oversized(used, max_characters)
-                outcome = outcome or tokenize(used)
-                seen.add(digest)
+                parts = reading.parts(reading.parse(row, reading.format))
+                outcomes = [(part, outcome_of(part)) for part in parts]
         except schema.BadRow as error:
             if reading.on_bad_row == "error":
                 raise schema.BadRow(str(error)) from None
-            note, outcome = str(error), FAULTY
-        if isinstance(outcome, str):
-            dropped[outcome] = dropped.get(outcome, 0) + 1
-            first.setdefault(outcome, note)
-        else:
-            kept_rows.append(outcome)
-            sources.append(example)
-            wheres.append(where)
+            note, outcomes = str(error), [(None, FAULTY)]
+        total += len(outcomes)
+        for example, outcome in outcomes:
+            if isinstance(outcome, str):
+                dropped[outcome] = dropped.get(outcome, 0) + 1
+                first.setdefault(outcome, note)
+            else:
+                kept_rows.append(outcome)
+                sources.append(example)
+                wheres.append(where)
     counts = Counts(total, dropped, first)
     if not kept_rows:
         raise ValueError(

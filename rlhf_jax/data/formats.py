@@ -1,15 +1,16 @@
 """Rows to examples: the format of a row is recognised from its fields, or named by `format=`.
 
 `format=` takes a name in `known_formats.FORMATS`, a map of fields such as
-"prompt=input,chosen=good,rejected=bad" (`field_map`), or any function from a row to an Example:
-`known_formats.source_target("en", "de")`, `renamed({...})`, `as_messages(...)`, or your own. A row
-that fits no format, or several, is an error that says so.
+"prompt=input,chosen=good,rejected=bad" (`field_map`), the fields of a translation such as "en:de",
+or any function from a row to an Example: `known_formats.source_target("en", "de")`, `renamed(...)`,
+`as_messages(...)`, or your own. A row that fits no format, or several, is an error that says so.
 
 Whether an example is worth training on is not decided here but in `batches`.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 import pathlib
@@ -41,11 +42,7 @@ def read(row: Row | str, format: FormatLike = None) -> Example:
     if isinstance(row, str):
         raise BadRow(row)
     if isinstance(format, str):
-        if field_map.is_map(format):
-            return read(row, _mapped(format))
-        if format not in _BY_NAME:
-            raise ValueError(f"format={format!r} is not known; use one of {', '.join(_BY_NAME)}")
-        format = _BY_NAME[format].read
+        format = _named(format)
     fields = _Fields(row)
     example = (format or _recognised(row))(fields)
     unused = {name: value for name, value in row.items() if name not in fields.read}
@@ -57,8 +54,21 @@ def read(row: Row | str, format: FormatLike = None) -> Example:
 
 
 @functools.lru_cache(maxsize=64)
-def _mapped(text: str) -> Reader:
-    return field_map.of(text, read)
+def _named(text: str) -> Reader:
+    """The reader of a format in a text. Raises ValueError where it is none."""
+    if field_map.is_map(text):
+        return field_map.of(text, read)
+    source, colon, target = text.partition(":")
+    if source and target:
+        return known_formats.source_target(source, target)
+    if text not in _BY_NAME or colon:
+        near = difflib.get_close_matches(text, _BY_NAME, 1)
+        hint = f"did you mean {near[0]!r}? Or " if near else ""
+        raise ValueError(
+            f"format={schema.shown(text)} is not known; {hint}use one of {', '.join(_BY_NAME)}, or "
+            "name the fields, such as 'prompt=question,chosen=good,rejected=bad'"
+        )
+    return _BY_NAME[text].read
 
 
 class _Fields(Mapping):
@@ -112,6 +122,13 @@ def demonstration(row: Row | str, format: FormatLike = None) -> Example:
     return example
 
 
+def demonstrations(example: Example) -> tuple[Example, ...]:
+    """The demonstrations of a row: its best response, or each where all are to be imitated."""
+    if not example.imitate_all:
+        return (example,)
+    return tuple(example._replace(responses=(x,), imitate_all=False) for x in example.responses)
+
+
 def answered(row: Row | str, format: FormatLike = None) -> Example:
     """A row with a prompt and a response to imitate."""
     example = demonstration(row, format)
@@ -124,8 +141,8 @@ def comparison(row: Row | str, format: FormatLike = None) -> Example:
     """A row with K >= 2 ranked responses (ties included)."""
     example = read(row, format)
     if len(example.responses) < 2 or not example.ranks:
-        missing = next((x for x in ("prompt", "chosen", "rejected") if x not in row), "ranks")
-        schema.fail(f"{missing!r} is missing", COMPARISON)
+        missing = "ranks" if len(example.responses) > 1 else "chosen"
+        schema.fail(f"{missing if example.prompt else 'prompt'!r} is missing", COMPARISON)
     return example
 
 
@@ -222,8 +239,7 @@ def located(source: str, format: str = "") -> tuple[str | pathlib.Path, FormatLi
     """(file or dataset, its format) as a command line names them; "" stands for no format.
 
     A source "dataset_info.json:NAME" is an entry of LLaMA-Factory's list of datasets, which says
-    the format too. A format "en:de" names the fields of source and target, and one with "=" is a
-    map of fields. Raises ValueError for a format that is given beside an entry, and for a map that
+    the format too. Raises ValueError for a format that is given beside an entry, and for one that
     is none.
     """
     file, _, name = source.rpartition(":")
@@ -231,11 +247,7 @@ def located(source: str, format: str = "") -> tuple[str | pathlib.Path, FormatLi
         if format:
             raise ValueError(f"{source}: the entry says its format; leave {format!r} out")
         return dataset_info(pathlib.Path(file).expanduser(), name)
-    if field_map.is_map(format):
-        return source, _mapped(format)
-    if ":" in format:
-        return source, known_formats.source_target(*format.split(":", 1))
-    return source, format or None
+    return source, _named(format) if format else None
 
 
 def dataset_info(path: str | os.PathLike, name: str) -> tuple[pathlib.Path, Reader]:
@@ -334,7 +346,7 @@ def _recognised(row: Row) -> Reader:
         found = f"the fields fit the formats {' and '.join(map(repr, fitting))}"
         schema.fail(found, "name one by format=")
     if _is_translation(row):
-        remedy = "name it by format=, such as known_formats.source_target('en', 'de')"
+        remedy = "name it by format='en:de', for example"
         schema.fail("the row is a translation without a direction", remedy)
     remedy = f"{DEMONSTRATION}; {COMPARISON}; other formats are named by format="
     schema.fail(f"no known format has the fields {schema.shown(list(row))}", remedy)

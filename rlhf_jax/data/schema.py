@@ -53,6 +53,7 @@ class Example(NamedTuple):
     # The steps of one answer, in a file that judges them one by one; `responses` are () then.
     steps: tuple[str, ...] = ()
     labels: tuple[float, ...] = ()  # of each step, from 0 (wrong) to 1 (right)
+    imitate_all: bool = False  # each response is a demonstration, not the best one alone
     extra: Row = {}  # every field of the row that its format did not use, as it is in the file
 
     @property

@@ -55,7 +55,8 @@ class Config(own_files.Common):
     best_of: Count = 4  # answers to each held-out prompt: the n of best-of-n
 
     def check(self) -> None:
-        """Raises ValueError for a weight of text that there is not."""
+        """Raises ValueError for a weight of text that there is not, or a format without a file."""
+        super().check()
         if self.ppo.pretraining_coef is not None and not self.pretraining:
             raise ValueError(
                 f"ppo.pretraining_coef={self.ppo.pretraining_coef} is the weight of a text, but "
@@ -104,10 +105,10 @@ def read(config: Config, tokenizer: tokenizers.Tokenizer) -> Data:
     All prompts are formatted alike (`own_files.tokenised`), whichever files are given, so that SFT,
     the reward model and PPO see the same format.
     """
-    demonstrations = own_files.open_file(config, "demonstrations")
-    preferences = own_files.open_file(config, "preferences")
-    prompts = own_files.open_file(config, "prompts") or preferences
-    text = own_files.open_file(config, "pretraining")
+    demonstrations = own_files.open_file(config, "demonstrations", formats.demonstration)
+    preferences = own_files.open_file(config, "preferences", formats.comparison)
+    prompts = own_files.open_file(config, "prompts", formats.prompt) or preferences
+    text = own_files.open_file(config, "pretraining", formats.demonstration)
     others = [file for file in (preferences, prompts) if file]
     own_files.check_prompts(config, tokenizer.chat_template is not None, demonstrations, others)
     # Text without prompts may stand beside prompts in a template: it keeps what was known before.

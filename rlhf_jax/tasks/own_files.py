@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from rlhf_jax.config import Count, Positive, Share, Source, Whole
 from rlhf_jax.data import builders, formats, mixing, tokenizers
 from rlhf_jax.data.batches import Examples
 from rlhf_jax.data.records import Ends
-from rlhf_jax.data.schema import BadRow, at
+from rlhf_jax.data.schema import BadRow, Example, shown
 from rlhf_jax.launch import Context
 from rlhf_jax.models import lora, transformer
 from rlhf_jax.models.transformer import Compute, Model
@@ -45,7 +46,8 @@ class Common(configuration.Config):
     seed: Whole = 0  # of every stage; a stage's own seed is folded into it
     model: Source = ""  # folder or org/name of a language model
     preferences: Source = ""  # file of comparisons
-    # Where the fields fit several formats, or none: the name of one, or "en:de" (source:target).
+    # Where the fields fit several formats, or none: the name of one, "en:de" (source:target), or a
+    # map of fields, such as prompt=question,chosen=good,rejected=bad (docs/formats.md).
     preferences_format: str = ""
     held_out: Share = 0.1  # share of the prompts that nothing is trained on
     max_prompt: Count = 128  # what is longer is dropped and counted
@@ -60,6 +62,20 @@ class Common(configuration.Config):
     # `scan_layers`, which no folder states, holds for the models that are trained too.
     shape: transformer.Config = QWEN
     num_shown: Count = 4  # prompts in the table of samples
+
+    def check(self) -> None:
+        """Raises ValueError for a format that no file has."""
+        for name, value in vars(self).items():
+            file = name.removesuffix("_format")
+            if value and file != name and not vars(self)[file]:
+                raise ValueError(
+                    f"--{_flag(name)} {shown(value)} is of no file: --{_flag(file)} names none; "
+                    "name one, or leave the format out"
+                )
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def open_tokenizer(folder: pathlib.Path, plain_template: bool) -> tokenizers.Tokenizer:
@@ -95,10 +111,11 @@ class File(NamedTuple):
     kinds: set[str]  # of its prompts: "messages", "text", or "none" for text without a prompt
 
 
-def open_file(config: Common, name: str) -> File | None:
+def open_file(config: Common, name: str, parse: Callable[..., Example]) -> File | None:
     """The file that a setting names, None where it names none.
 
-    Raises ValueError for rows that cannot be read, and if one part of the split would be empty.
+    `parse` is the function of `formats` for what is to be read from its rows. Raises ValueError for
+    rows that cannot be read, and if one part of the split would be empty.
     """
     path = vars(config)[name]
     if not path:
@@ -106,6 +123,7 @@ def open_file(config: Common, name: str) -> File | None:
     with naming_flags(config, name):
         source, format = formats.located(path, vars(config)[f"{name}_format"])
         found = builders.load(source, on_bad_row=config.on_bad_row)
+        _check_format(path, found, parse, format)
         rows, held_out = mixing.split(found, config.held_out, format=format)
         kinds, faulty = set(), []
         for row, where in rows:
@@ -114,10 +132,8 @@ def open_file(config: Common, name: str) -> File | None:
                 kinds.add("messages" if isinstance(prompt, tuple) else "text" if prompt else "none")
             except BadRow as error:
                 faulty.append(f"{where}: {error}")
-        if rows and not kinds and config.on_bad_row == "error":
-            row, where = rows[0]
-            with at(where):
-                formats.either(row, format)  # says what is wrong with it
+        if faulty and config.on_bad_row == "error":
+            raise BadRow(faulty[0])
     usable = len(rows) - len(faulty)
     if not usable or not held_out:
         why = (
@@ -130,14 +146,42 @@ def open_file(config: Common, name: str) -> File | None:
     return File(name, path, rows, held_out, format, kinds)
 
 
+# A map of fields for each thing that can be read from a row.
+_MAPS = {
+    formats.demonstration: "prompt=FIELD,completion=FIELD",
+    formats.comparison: "prompt=FIELD,chosen=FIELD,rejected=FIELD",
+    formats.prompt: "prompt=FIELD",
+}
+
+
+def _check_format(path: str, rows: Iterable, parse: Callable, format: formats.FormatLike) -> None:
+    """Raises ValueError if no row can be read: the format is at fault then, and not the rows."""
+    faults, first = collections.Counter(), {}
+    for row, where in formats.numbered(rows):
+        try:
+            parse(row, format)
+            return
+        except BadRow as error:
+            if not isinstance(row, str):  # a text is a line that is no row
+                faults[str(error)] += 1
+                first.setdefault(str(error), where)
+    if faults:
+        fault, _ = faults.most_common(1)[0]
+        raise ValueError(
+            f"{path}: none of its {faults.total()} rows can be read as a {parse.__name__}: "
+            f"{first[fault]}: {fault}; say what its fields are by format=, such as {_MAPS[parse]} "
+            "(docs/formats.md)"
+        )
+
+
 @contextlib.contextmanager
 def naming_flags(config: Common, name: str) -> Iterator[None]:
     """Errors of a file then name the flags that help, in place of arguments in Python."""
     try:
         yield
     except ValueError as error:
-        flag = name.replace("_", "-")
-        text = re.sub(r"\bformat=(?=[,; ]|$)", f"--{flag}-format", str(error))
+        text = re.sub(r"\bformat=(?=['\"])", f"--{_flag(name)}-format=", str(error))
+        text = re.sub(r"\bformat=(?=[,; ]|$)", f"--{_flag(name)}-format", text)
         if isinstance(error, BadRow) and config.on_bad_row == "error":
             text += "; or leave such rows out by --on-bad-row drop"
         raise ValueError(text) from error

@@ -197,7 +197,8 @@ def init_state(
     config: Config, trainable: Any, make_optimizer: MakeOptimizer = training.make_optimizer
 ) -> TrainState:
     """The state before the first update."""
-    return training.init_state(make_optimizer(config.optimizer, config.num_steps), trainable)
+    optimizer = training.made(make_optimizer, config.optimizer, config.num_steps)
+    return training.init_state(optimizer, trainable)
 
 
 def update(
@@ -209,7 +210,7 @@ def update(
     make_optimizer: MakeOptimizer = training.make_optimizer,
 ):
     """One update of `loss_fn(config, params, batch)`: (state, metrics)."""
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    optimizer = training.made(make_optimizer, config.optimizer, config.num_steps)
     rate = training.schedule(config.optimizer, config.num_steps)(state.step)
     loss_of = functools.partial(training.keyed(loss_fn, config.seed, state.step), config)
     skip = config.on_bad_update == "skip"

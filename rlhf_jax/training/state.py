@@ -139,6 +139,26 @@ def make_optimizer(optimizer: OptimizerConfig, num_steps: int) -> optax.Gradient
 MakeOptimizer = Callable[[OptimizerConfig, int], optax.GradientTransformation]
 
 
+def made(
+    make: MakeOptimizer, optimizer: OptimizerConfig, num_updates: int
+) -> optax.GradientTransformation:
+    """What `make` makes of the settings. Raises ValueError if it cannot be such a function."""
+    name = getattr(make, "__name__", type(make).__name__)
+    # optax's own functions take a learning rate first, and would take the settings for one.
+    if not callable(make) or "learning_rate" in inspect.signature(make).parameters:
+        found = f"{name} is none"
+    else:
+        transformation = make(optimizer, num_updates)
+        if isinstance(transformation, optax.GradientTransformation):
+            return transformation
+        found = f"{name} returned {type(transformation).__name__}"
+    raise ValueError(
+        "make_optimizer is a function of (OptimizerConfig, number of updates) that returns an "
+        f"optax.GradientTransformation, but {found}; write for example def lion(optimizer, "
+        "num_updates): return optax.lion(training.state.schedule(optimizer, num_updates))"
+    )
+
+
 def keyed(loss_fn: Callable, seed: int | Array, step: int | Array) -> Callable:
     """The loss, with a key for its parameter of that name if it has one, say for dropout.
 
