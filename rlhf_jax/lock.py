@@ -173,5 +173,5 @@ def _in_use(path: Path, found: bytes) -> InUse:
     if holder is not None:
         who = f"process {holder['process']} on {holder['host']}, since {holder['since']}"
     return InUse(
-        f"--workdir {path.parent} is in use by {who}; wait for it, stop it, or name another folder"
+        f"{path.parent} is in use by {who}; wait for it, stop it, or name another --workdir"
     )

@@ -142,8 +142,7 @@ def supervised(
     """
     tokenizers.check_vocab(tokenizer, model.config.vocab_size)
     introduce(context, data, tokenizer)
-    if "seed" in vars(config):
-        config = seeded(seed, stage, config)
+    config = seeded(seed, stage, config)
     train, held_out = (Loader(part, config.batch_size, fold_seed(seed, stage)) for part in data)
     if config.eval_every:
         options["held_out"] = held_out

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import scipy.stats
 import tyro
 
 from rlhf_jax import processes, storage
@@ -58,7 +57,12 @@ class Point(NamedTuple):
     @property
     def folder(self) -> str:
         """Where the run lives in the workdir of the sweep."""
-        return f"points/{self.name.replace('/', '_')}/seed{self.seed}"
+        return folder_of(self.name, self.seed)
+
+
+def folder_of(point: str, seed: int | str) -> str:
+    """Where the run of a point and a seed lives in the workdir of its sweep."""
+    return f"points/{point.replace('/', '_')}/seed{seed}"
 
 
 class Shared:
@@ -93,7 +97,7 @@ def points(config: Config, swept: Sequence[str], seeds: int) -> list[Point]:
     `seeds` are counted from the configuration's own. Raises ValueError for a setting that does not
     exist or is swept twice, and for a value that it cannot have.
     """
-    settings = dict.fromkeys([])
+    settings: dict[str, list[str]] = {}
     for text in swept:
         name, values = _parsed(config, text)
         if name in settings:
@@ -209,7 +213,7 @@ def run_together(
         log.print(f"the runs go on one by one: {mesh.devices.size} devices split their rows")
         return
     meeting = Together(len(chosen), log.print)
-    works = [functools.partial(_member, train, point, folder / point.folder) for point in chosen]
+    works = [functools.partial(train, point, folder / point.folder) for point in chosen]
     for point, found in zip(chosen, meeting.run(works)):
         error = found.exception()
         if isinstance(error, KeyboardInterrupt | Terminated):
@@ -217,10 +221,6 @@ def run_together(
         if error is not None:
             log.print(f"{point.title} goes on alone: {' '.join(str(error).split())}")
     log.print(f"{meeting.programs_run} programs were run for {len(chosen)} runs together")
-
-
-def _member(train: Callable, point: Point, folder: Path, member: Member) -> dict:
-    return train(point, folder, member)
 
 
 def table(every: Sequence[Point], folder: Path) -> dict[str, dict]:
@@ -246,6 +246,8 @@ def table(every: Sequence[Point], folder: Path) -> dict[str, dict]:
 def _mean(values: list[float]) -> dict[str, float | None]:
     count, interval = len(values), None
     if count > 1:
+        import scipy.stats  # for whose second no other run should wait
+
         error = float(np.std(values, ddof=1)) / math.sqrt(count)
         interval = float(scipy.stats.t.ppf(0.975, count - 1)) * error
     return {"mean": float(np.mean(values)), "interval": interval}
@@ -295,7 +297,7 @@ def write(folder: Path, found: dict[str, dict], failed: dict[str, str]) -> None:
 def curves(folder: Path, found: dict[str, dict]) -> bytes | None:
     """A figure of the last stage, a line per point in a band of its seeds; None without any."""
     runs = {
-        name: [folder / f"points/{name.replace('/', '_')}/seed{seed}" for seed in seeds_of(figures)]
+        name: [folder / folder_of(name, seed) for seed in seeds_of(figures)]
         for name, figures in found.items()
         if figures
     }

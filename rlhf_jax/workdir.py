@@ -39,7 +39,8 @@ from rlhf_jax.training.state import TrainingStopped
 LENGTHS = ("num_iterations",)
 # The settings that change no number: a run may go on with others.
 FREE = ("save_every", "save_seconds", "keep", "keep_best", "best_is")
-# What an older folder's run did where it lacks a setting whose off is no None, [] or "".
+# What a run of an older folder had in place of settings that there were not yet, where that is not
+# None, [] or "".
 BEFORE = {"on_bad_update": "stop", "seed": 0}
 SHARED_SECONDS = 5.0  # within which a file of another host must come into sight
 # What a process that was killed may leave behind: its lock, and files not written to their end.

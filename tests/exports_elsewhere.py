@@ -3,9 +3,9 @@
 Another release of transformers than the installed one needs an environment of its own, without
 this library:
 
-    python tests/exports_elsewhere.py write /tmp/exports
-    python -m venv /tmp/other && /tmp/other/bin/pip install 'transformers==4.57.*' torch jinja2
-    /tmp/other/bin/python tests/exports_elsewhere.py read /tmp/exports
+    python tests/exports_elsewhere.py write exports
+    python -m venv other && other/bin/pip install 'transformers==4.57.*' torch jinja2
+    other/bin/python tests/exports_elsewhere.py read exports
 
 The second command of this file prints the largest differences of logits and scores, or fails where
 ids or texts differ. What it printed is stored in `exports_elsewhere.json`; `test_exports.py` reads

@@ -149,17 +149,18 @@ class Checkpoints:
         """
         # Not by jax.tree.map, which would sort the names.
         wanted = {name: ocp.utils.to_shape_dtype_struct(x) for name, x in _flat(like).items()}
-        reasons = []
+        reasons: list[str] = []
         for step in self.steps():
-            found = []
-            reason = self._attempt(step, wanted, found)
-            reasons += [f"{self.folder / str(step)} is damaged: {reason}"] if reason else []
-            if reason is None:
-                for text in reasons:
-                    self._say(f"{text}; step {step} is used instead")
-                leaves = [found[0][name] for name in wanted]
-                return step, jax.tree.unflatten(jax.tree.structure(like), leaves)
-            self._damaged.append(step)
+            try:
+                found = self._read(step, wanted)
+            except Damaged as error:
+                reasons.append(f"{self.folder / str(step)} is damaged: {error}")
+                self._damaged.append(step)
+                continue
+            for text in reasons:
+                self._say(f"{text}; step {step} is used instead")
+            leaves = [found[name] for name in wanted]
+            return step, jax.tree.unflatten(jax.tree.structure(like), leaves)
         if reasons:
             raise ValueError(
                 f"{'; '.join(reasons)}; no other checkpoint is left: remove {self.folder} to start "
@@ -167,34 +168,13 @@ class Checkpoints:
             )
         return None
 
-    def _attempt(self, step: int, wanted: dict, found: list) -> str | None:
-        """Puts the arrays of a step into `found`, or says why it is damaged, on any process."""
-        refusal = reason = ""
-        try:
-            found.append(self._read(step, wanted))
-        except Damaged as error:
-            reason = str(error)
-        except ValueError as error:
-            refusal = str(error)
-        for process, text in enumerate(processes.texts(reason)):
-            reason = reason or text and f"{text} (process {process})"
-        if refusal:
-            raise ValueError(refusal)
-        return reason or None
-
     def _read(self, step: int, wanted: dict) -> dict[str, Any]:
+        """The arrays of a step. Raises Damaged, on every process if on any."""
         stored = stacking.split_names(wanted)
-        try:
-            sums, kept = self.checksums(step), self._stored(step)
-        except Damaged:
-            raise
-        except Exception as error:  # whatever Orbax, TensorStore or a JSON parser makes of damage
-            raise Damaged(_line(error)) from error
+        sums, kept = _readable(lambda: (self.checksums(step), self._stored(step)))
         self._check(step, kept, stored)
-        try:
-            separate = self._manager.restore(step, args=ocp.args.StandardRestore(stored))
-        except Exception as error:
-            raise Damaged(_line(error)) from error
+        arguments = ocp.args.StandardRestore(stored)
+        separate = _readable(lambda: self._manager.restore(step, args=arguments))
         wrong = [name for name, sum in checksums(separate).items() if sums.get(name) != sum]
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -320,6 +300,21 @@ def _mixed(x: Array) -> Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
+
+
+def _readable(work: Callable[[], Any]) -> Any:
+    """What `work()` returns. Raises Damaged on every process where it raises on any of them."""
+
+    def attempt() -> Any:
+        try:
+            return work()
+        except Exception as error:  # whatever Orbax, TensorStore or a JSON parser makes of damage
+            raise Damaged(_line(error)) from error
+
+    try:
+        return processes.everywhere(attempt)
+    except ValueError as error:
+        raise Damaged(str(error)) from error
 
 
 def _shown(kind: tuple[str, tuple] | None) -> str:
