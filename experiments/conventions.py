@@ -78,9 +78,10 @@ class Config(quickstart.WarmUp):
     best_of: Count = 4  # answers to each held-out prompt
 
     def check(self) -> None:
-        """Raises ValueError for a preset that there is not, or for none."""
-        if not self.presets or set(self.presets) - PRESETS.keys():
-            raise ValueError(f"presets={self.presets}: name one or several of {[*PRESETS]}")
+        """Raises ValueError for a preset that there is not, for one named twice, or for none."""
+        named = set(self.presets)
+        if not named or named - PRESETS.keys() or len(named) < len(self.presets):
+            raise ValueError(f"presets={self.presets}: name one or several of {[*PRESETS]}, once")
 
 
 config = Config(

@@ -104,11 +104,13 @@ class Config(quickstart.Config):
     best_of: Count = 4  # answers to each held-out prompt
 
     def check(self) -> None:
-        """Raises ValueError for an algorithm that there is not."""
+        """Raises ValueError for an algorithm that there is not, or that is named twice."""
         if unknown := set(self.algorithms) - {*ALGORITHMS}:
             raise ValueError(
                 f"algorithms={self.algorithms}: {sorted(unknown)} are none of {list(ALGORITHMS)}"
             )
+        if len(set(self.algorithms)) < len(self.algorithms):
+            raise ValueError(f"algorithms={self.algorithms}: one is named twice; name it once")
 
 
 SAMPLES = {"num_iterations": 30, "sampling": SAMPLING}

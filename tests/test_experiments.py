@@ -188,6 +188,10 @@ def test_presets_differ_in_their_conventions_and_not_in_samples_or_learning_rate
             assert value == given[field], (name, field)
     with pytest.raises(ValueError, match="name one or several of .'trl', 'openrlhf', 'verl'"):
         dataclasses.replace(conventions.config, presets=("trl", "deepspeed"))
+    with pytest.raises(ValueError, match="'instructgpt'., once"):
+        dataclasses.replace(conventions.config, presets=("trl", "trl"))
+    with pytest.raises(ValueError, match="one is named twice"):
+        dataclasses.replace(experiment("side_by_side").config, algorithms=("ppo", "ppo"))
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_one_line_and_leaves_nothing(

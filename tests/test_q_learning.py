@@ -441,6 +441,11 @@ def test_a_guide_without_action_values_is_refused():
         drawn(tiny.model(), Guide(tiny.model(), 1.0))
 
 
+def test_a_method_is_passed_and_not_named():
+    with pytest.raises(ValueError, match="method='ILQL' is no Method"):
+        q_learning.run(RUN, tiny.model(), answers(), method="ILQL")
+
+
 def test_what_is_no_guide_and_values_of_another_vocabulary_are_refused():
     policy, network = guided()
     with pytest.raises(ValueError, match=r"takes decode.Guide\(network, weight\), not Model"):

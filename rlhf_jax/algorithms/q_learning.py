@@ -338,6 +338,8 @@ def run(
     non-finite step.
     """
     loader.expect(answers, "q_learning.run", Comparisons)
+    if not isinstance(method, Method):
+        raise ValueError(f"method={method!r} is no Method; pass one, such as q_learning.ILQL")
     if not method.bootstraps and (config.discount != 1 or config.monte_carlo):
         raise ValueError(
             f"discount={config.discount} and monte_carlo={config.monte_carlo}: targets of paths "

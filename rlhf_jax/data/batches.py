@@ -261,6 +261,11 @@ def steps(
     """
     _check_limits(max_prompt=max_prompt, max_response=max_response)
     between = tokenizer.encode(separator)
+    if separator and not between:
+        raise ValueError(
+            f"separator={separator!r} has no tokens; use another one, none at all (''), or a "
+            "tokenizer that knows its characters"
+        )
 
     def tokenize(example: Example) -> records.StepRow | str:
         ids = prompt_ids(tokenizer, example.prompt)
