@@ -171,6 +171,22 @@ def test_the_newest_and_the_best_are_kept(tmp_path, lowest):
         assert checkpoints.steps() == [6, 5, 2 if lowest else 3]
         with pytest.raises(ValueError, match="keep_best='loss' is no metric .* it has other"):
             checkpoints.save(7, tree(7), {"other": 1.0})
+    best = 2 if lowest else 3
+    with Checkpoints(tmp_path, 2, best="loss", lowest=lowest) as checkpoints:  # a run that goes on
+        for step in (7, 8, 9):
+            checkpoints.save(step, tree(step), {"loss": 5.0})
+        assert checkpoints.steps() == [9, 8, best]
+
+
+def test_a_best_checkpoint_by_evaluations_is_told_at_the_steps_that_have_one(tmp_path, capsys):
+    with Checkpoints(tmp_path, 1, best="eval/loss", lowest=True) as checkpoints:
+        for step, metrics in enumerate([{"eval/loss": 2.0}, {"loss": 1.0}, {"loss": 1.0}], 1):
+            checkpoints.save(step, tree(step), metrics)
+        assert checkpoints.steps() == [3, 1]
+        with pytest.raises(ValueError, match="keep_best='eval/loss' is no metric .* eval/accuracy"):
+            checkpoints.save(4, tree(4), {"eval/accuracy": 1.0})
+    said = capsys.readouterr()
+    assert "metrics" not in said.out + said.err
 
 
 def test_the_best_by_an_evaluation_needs_evaluations():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -69,23 +71,25 @@ class Checkpoints:
         say: Callable[[str], None] = print,
     ):
         self.folder = storage.absolute(folder)
-        self._best, self._say = best, say
+        self._metric, self._best, self._say = best, _Best(lowest), say
         self._damaged: list[int] = []
-        policies = [preservation_policy.LatestN(keep)]
-        if best:
-            by_metric = preservation_policy.BestN(
-                get_metric_fn=lambda metrics: metrics[best],
-                reverse=lowest,
-                n=1,
-                keep_checkpoints_without_metrics=False,
+        policy = preservation_policy.AnyPreservationPolicy(
+            [preservation_policy.LatestN(keep), self._best]
+        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=True)
+        handler = ocp.StandardCheckpointHandler()
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, item_handlers=handler
             )
-            policies.append(by_metric)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True
-        )
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
-        )
+        except ValueError as error:  # Orbax forgives no JSON that is not an object
+            raise ValueError(
+                f"{self.folder}: the _CHECKPOINT_METADATA of a checkpoint in it is damaged "
+                f"({_line(error)}); remove the folder of that step"
+            ) from error
+        for step in self._manager.all_steps() if best else ():
+            with contextlib.suppress(Exception):  # of a damaged one: `restore` says so
+                self._best.values[step] = float(self._described(step)["metrics"][best])
 
     def steps(self) -> list[int]:
         """The steps that are stored, the newest one first, without those found damaged."""
@@ -103,10 +107,14 @@ class Checkpoints:
 
     def checksums(self, step: int) -> dict[str, int]:
         """The checksum of every array of a step. Raises Damaged where they are not stored."""
-        metadata = self._manager.metadata(step).custom_metadata or {}
-        if "checksums" not in metadata:
+        found = self._described(step)
+        if "checksums" not in found:
             raise Damaged("its checksums are missing")
-        return metadata["checksums"]
+        return found["checksums"]
+
+    def _described(self, step: int) -> dict:
+        """What `save` has written beside the arrays of a step."""
+        return self._manager.metadata(step).custom_metadata or {}
 
     def save(self, step: int, tree: Any, metrics: dict[str, Any] | None = None) -> None:
         """Stores a tree of arrays as `step`; does nothing if that step is stored already.
@@ -121,15 +129,10 @@ class Checkpoints:
             return
         flat = stacking.split_names(_flat(tree))
         self._check_room(flat)
-        best = self._metric(metrics or {})
+        described = {"checksums": checksums(flat), "metrics": self._told(step, metrics or {})}
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.StandardSave(flat),
-                metrics=best or None,
-                custom_metadata={"checksums": checksums(flat)},
-                force=True,
-            )
+            arguments = ocp.args.StandardSave(flat)
+            self._manager.save(step, args=arguments, custom_metadata=described, force=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise self._not_written(error) from error
 
@@ -212,12 +215,21 @@ class Checkpoints:
             error = f"No space left: it takes {needed / 2**20:.1f} MiB, {room / 2**20:.1f} are free"
             raise self._not_written(OSError(error))
 
-    def _metric(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        if self._best and self._best not in metrics and not self._best.startswith("eval/"):
+    def _told(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
+        """The metric of a step that tells the best checkpoint, {} where it has none.
+
+        Raises ValueError for a metric that does not exist.
+        """
+        name = self._metric
+        evaluated = any(x.startswith("eval/") for x in metrics)
+        if name and name not in metrics and (evaluated or not name.startswith("eval/")):
             raise ValueError(
-                f"keep_best={self._best!r} is no metric of this stage; it has {', '.join(metrics)}"
+                f"keep_best={name!r} is no metric of this stage; it has {', '.join(metrics)}"
             )
-        return {name: metrics[name] for name in metrics if name == self._best}
+        if name not in metrics:
+            return {}
+        self._best.values[step] = float(metrics[name])
+        return {name: float(metrics[name])}
 
     def _not_written(self, error: Exception) -> OSError:
         steps = [step for step in self._manager.all_steps() if step not in self._damaged]
@@ -236,6 +248,23 @@ class Checkpoints:
 
     def __exit__(self, *_):
         self.close()
+
+
+class _Best:
+    """Orbax's policy that preserves the checkpoint with the best metric of those that have one.
+
+    Orbax's own one forgets metrics when a run goes on, or fails where their file is damaged.
+    """
+
+    def __init__(self, lowest: bool):
+        self.values: dict[int, float] = {}  # by step
+        self._sign = -1 if lowest else 1
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        known = [x.step for x in checkpoints if math.isfinite(self.values.get(x.step, math.nan))]
+        best = max(known, key=lambda step: (self._sign * self.values[step], step), default=None)
+        return [x.step == best for x in checkpoints]
 
 
 class Clock:
