@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import os
 import re
 import sys
@@ -45,7 +46,21 @@ def parse(config: Config, argv: list[str] | None):
     elif {"--help", "-h"} & set(argv):
         print(short_help(config, about))
         raise SystemExit(0)
-    return tyro.cli(kind, args=argv, **options)
+    return _checked(tyro.cli(kind, args=argv, **options))
+
+
+def _checked(flags: Any) -> Any:
+    """The flags, with those of sweeps as one list. Raises ValueError for what only a sweep has."""
+    if () in flags.sweep:
+        raise ValueError("--sweep names no setting; write for example --sweep ppo.kl_coef=0.05,0.2")
+    flags = dataclasses.replace(flags, sweep=tuple(itertools.chain(*flags.sweep)))
+    several = bool(flags.sweep) or flags.seeds != 1
+    if several and flags.plan:
+        raise ValueError("--plan is of one run; leave out --sweep and --seeds")
+    for name, value in (("sweep-shard", flags.sweep_shard), ("together", flags.together)):
+        if value and not several:
+            raise ValueError(f"--{name} is of several runs; name them by --sweep or --seeds")
+    return flags
 
 
 def _own() -> tuple:
@@ -58,7 +73,7 @@ def _own() -> tuple:
         ("mesh", str, "", "SIZES", f"such as {mesh} [default: all devices]"),
         (
             "sweep",
-            tuple[str, ...],
+            tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]],
             (),
             "FIELD=A,B",
             "values of a setting to compare, or of several",

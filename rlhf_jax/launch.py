@@ -118,7 +118,7 @@ def _launch(run: Callable, flags) -> dict:
         compiled = {"mesh": dict(context.mesh.shape), "compute": context.compute._asdict()}
         swept = {"sweep": list(flags.sweep), "seeds": flags.seeds, "shard": flags.sweep_shard}
         distributed.check_same(described | compiled | swept)
-        if flags.sweep or flags.seeds > 1 or flags.sweep_shard:
+        if flags.sweep or flags.seeds != 1:
             return _sweep(run, flags, context, described["experiment"])
         return _run(run, flags.config, context, described)
 
@@ -147,23 +147,37 @@ def _sweep(run: Callable, flags, context: Context, experiment: str) -> dict:
     """The runs of a sweep, one after the other, in this process."""
     folder = context.workdir
     every = sweep.points(flags.config, flags.sweep, flags.seeds)
+    chosen = sweep.shard(every, flags.sweep_shard)
+    processes.first(lambda: sweep.check_folder(folder))
+
+    def described(point: sweep.Point, where: storage.Path) -> dict:
+        return workdir.describe(experiment, point.config, context.data, where, flags.dtype)
+
+    def finished(point: sweep.Point, where: storage.Path) -> dict | None:
+        try:
+            return workdir.compare(where, described(point, where))
+        except ValueError:  # the folder holds a run with other settings
+            return None
 
     def train(point: sweep.Point, where: storage.Path, member: Member | None = None) -> dict:
         quiet = member is not None and member.number > 0
         log = Log(where, quiet=quiet, profile_steps=flags.profile)
-        described = workdir.describe(experiment, point.config, context.data, where, flags.dtype)
-        shared = sweep.Shared(folder / "stages", described, point.config)
+        about = described(point, where)
+        shared = sweep.Shared(folder / "stages", about, point.config)
         own = context._replace(workdir=where, log=log, shared=shared, together=member)
         try:
-            return _run(run, point.config, own, described)
+            return _run(run, point.config, own, about)
+        except Exception:
+            if flags.debug:
+                traceback.print_exc()
+            raise
         except (KeyboardInterrupt, Terminated) as error:
             again = f"; the same command with --workdir {folder} continues at {point.title}"
             raise type(error)(again) from error
 
-    chosen = sweep.shard(every, flags.sweep_shard)
     if flags.together:
         sweep.run_together(chosen, folder, context.log, context.mesh, train)
-    return sweep.run(chosen, every, folder, context.log, train)
+    return sweep.run(chosen, every, folder, context.log, train, finished)
 
 
 def _prepare(run: Callable, flags, stop: Stop) -> tuple[Context, dict]:

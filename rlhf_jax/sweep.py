@@ -24,6 +24,7 @@ import io
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ import jax
 import numpy as np
 import tyro
 
-from rlhf_jax import processes, storage
+from rlhf_jax import processes, storage, workdir
 from rlhf_jax.config import Config
 from rlhf_jax.stopping import Terminated
 from rlhf_jax.storage import Path
@@ -40,6 +41,9 @@ from rlhf_jax.training import checkpoint, figure, report
 from rlhf_jax.training.metrics import Log, flat, plain
 from rlhf_jax.training.state import TrainingStopped
 from rlhf_jax.workdir import FREE
+
+MOST = 10_000  # runs of a sweep
+LONGEST = 120  # bytes of the name of a folder
 
 
 class Point(NamedTuple):
@@ -61,8 +65,29 @@ class Point(NamedTuple):
 
 
 def folder_of(point: str, seed: int | str) -> str:
-    """Where the run of a point and a seed lives in the workdir of its sweep."""
-    return f"points/{point.replace('/', '_')}/seed{seed}"
+    """Where the run of a point and a seed lives in the workdir of its sweep.
+
+    A name that no folder can have, or that is too long for most, is shortened and gets its hash.
+    """
+    name = point.replace("/", "_")
+    if name != point or len(name.encode()) > LONGEST:
+        name = f"{name.encode()[:LONGEST].decode(errors='ignore')}-{_hash(point)}"
+    return f"points/{name}/seed{seed}"
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError for a workdir that holds something else than a sweep."""
+    if not folder.exists() or folder.is_dir() and (folder / "points").exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"--workdir {folder} is a file; name a folder")
+    if (folder / "config.json").exists():
+        raise ValueError(f"--workdir {folder} holds a single run; name another folder for a sweep")
+    if not workdir.is_empty(folder):
+        raise ValueError(
+            f"--workdir {folder} is not empty and has no points/, so it holds no sweep; name "
+            "another folder"
+        )
 
 
 class Shared:
@@ -105,6 +130,9 @@ def points(config: Config, swept: Sequence[str], seeds: int) -> list[Point]:
         settings[name] = values
     if seeds < 1:
         raise ValueError(f"--seeds {seeds} must be at least 1")
+    count = seeds * math.prod(map(len, settings.values()))
+    if count > MOST:
+        raise ValueError(f"--sweep and --seeds ask for {count} runs; {MOST} is the most")
     first = vars(config).get("seed")
     if seeds > 1 and (first is None or "seed" in settings):
         raise ValueError(f"--seeds {seeds}: there is no 'seed' that is free to be counted up")
@@ -116,6 +144,11 @@ def points(config: Config, swept: Sequence[str], seeds: int) -> list[Point]:
             changed = _with(config, flags)
             name = ",".join(f"{k}={v}" for k, v in chosen.items()) or "all"
             found.append(Point(name, vars(changed).get("seed", 0), changed))
+    alike: dict[str, Point] = {}
+    for point in found:
+        same = alike.setdefault(_hash(plain(dataclasses.asdict(point.config))), point)
+        if same is not point:
+            raise ValueError(f"--sweep: {same.name} and {point.name} are the same settings")
     return found
 
 
@@ -139,14 +172,24 @@ def _parsed(config: Config, text: str) -> tuple[str, list[str]]:
 
 def _with(config: Config, values: dict[str, str]) -> Config:
     """The configuration with other values, given as on the command line."""
-    flags = [text for k, v in values.items() for text in (f"--{k.replace('_', '-')}", v)]
+    now, flags = flat(dataclasses.asdict(config)), []
+    for name, value in values.items():
+        stage, dot, field = name.replace("_", "-").rpartition(".")
+        if isinstance(now[name], bool) and value in ("True", "False"):
+            flags.append(f"--{stage}{dot}{'' if value == 'True' else 'no-'}{field}")
+        else:
+            flags += [f"--{stage}{dot}{field}", value]
+    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # tyro's message speaks of other flags
+        with contextlib.redirect_stderr(said):  # a box of several lines
             options = (tyro.conf.AvoidSubcommands,)
             return tyro.cli(type(config), args=flags, default=config, config=options)
     except SystemExit:
         shown = ", ".join(f"{k}={v}" for k, v in values.items())
-        raise ValueError(f"--sweep: {shown} is not what this setting is made of") from None
+        why = " ".join(
+            re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]|For full helptext.*", "", said.getvalue()).split()
+        )
+        raise ValueError(f"--sweep: {shown} is not what this setting is made of: {why}") from None
 
 
 def shard(found: list[Point], text: str) -> list[Point]:
@@ -160,6 +203,8 @@ def shard(found: list[Point], text: str) -> list[Point]:
     if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
         raise ValueError(f"--sweep-shard {text} is not i/n with i from 1 to n, such as 1/4")
     i, n = int(i), int(n)
+    if n > len(found):
+        raise ValueError(f"--sweep-shard {text}: there are {len(found)} runs to share out")
     return found[len(found) * (i - 1) // n : len(found) * i // n]
 
 
@@ -172,29 +217,46 @@ def run(
     folder: Path,
     log: Log,
     train: Callable[[Point, Path], dict],
+    finished: Callable[[Point, Path], dict | None],
 ) -> dict[str, dict]:
     """Trains the chosen points, and returns the table of all that are finished: see `table`.
 
     `train(point, folder)` returns a run's summary, without training where it is finished. A run
-    that fails is reported, and the next one begins. Raises ValueError where all of them fail.
+    that fails, for whatever reason, is reported, and the next one begins. Raises ValueError where
+    all of them fail.
     """
-    failed = {}
+    failed: dict[str, str] = {}
     for number, point in enumerate(chosen, 1):
         log.print(f"point {number} of {len(chosen)}: {point.title}")
         try:
             train(point, folder / point.folder)
-        except (ValueError, OSError, TrainingStopped) as error:
-            failed[point.title] = " ".join(str(error).split())
+        except Exception as error:  # of any kind: a device's memory may be full, for one
+            own = isinstance(error, ValueError | OSError | TrainingStopped)
+            kind = "" if own else f"{type(error).__name__}: "
+            failed[point.title] = kind + " ".join(str(error).split())
             log.print(f"failed: {point.title}: {failed[point.title]}")
-    found = processes.first(lambda: table(every, folder))
-    processes.first(lambda: write(folder, found, failed))
-    show(log, found)
+    found = processes.first(lambda: table(every, folder, finished))
+    if any(found.values()):
+        without = processes.first(lambda: write(folder, found, failed))
+        show(log, found)
+        if without:
+            log.print(f"no figure: {without}")
     if failed:
-        listed = "; ".join(f"{name}: {why}" for name, why in failed.items())
-        log.print(f"{len(failed)} of {len(chosen)} points failed: {listed}")
+        log.print(f"{len(failed)} of {len(chosen)} points failed: {_listed(failed)}")
         if len(failed) == len(chosen):
-            raise ValueError(f"all {len(chosen)} points failed; {listed}")
+            raise ValueError(f"all {len(chosen)} points failed; {_listed(failed)}")
     return found
+
+
+def _listed(failed: dict[str, str]) -> str:
+    """The reasons of runs by name, each reason once."""
+    names: dict[str, list[str]] = {}
+    for name, why in failed.items():
+        names.setdefault(why, []).append(name)
+    return "; ".join(
+        f"{first}{f' and {len(more)} more' if more else ''}: {why}"
+        for why, (first, *more) in names.items()
+    )
 
 
 def run_together(
@@ -223,17 +285,20 @@ def run_together(
     log.print(f"{meeting.programs_run} programs were run for {len(chosen)} runs together")
 
 
-def table(every: Sequence[Point], folder: Path) -> dict[str, dict]:
+def table(
+    every: Sequence[Point], folder: Path, finished: Callable[[Point, Path], dict | None]
+) -> dict[str, dict]:
     """Point -> figure -> {"mean", "interval", "values"} over the seeds that are finished.
 
+    `finished(point, folder)` is the summary of a run with these very settings, None without one.
     `interval` is the half width of the 95 % confidence interval of the mean by Student's t, None
     for a single seed. Figures that are no numbers, and seconds, are left out.
     """
     found: dict[str, dict] = {}
     for point in every:
-        file = folder / point.folder / "summary.json"
+        summary = finished(point, folder / point.folder) or {}
         values = found.setdefault(point.name, {})
-        for name, value in flat(json.loads(file.read_text())).items() if file.exists() else ():
+        for name, value in flat(summary).items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if number and not name.startswith("seconds."):
                 values.setdefault(name, {"values": {}})["values"][str(point.seed)] = value
@@ -277,21 +342,24 @@ def show(log: Log, found: dict[str, dict]) -> None:
     log.table("Mean ± half of the 95 % interval (seeds)", rows(found))
 
 
-def write(folder: Path, found: dict[str, dict], failed: dict[str, str]) -> None:
-    """Writes sweep.json, sweep.md, sweep.png and report.html."""
+def write(folder: Path, found: dict[str, dict], failed: dict[str, str]) -> str:
+    """Writes sweep.json, sweep.md, sweep.png and report.html; says why there is no figure."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"points": found, "failed": failed}, indent=2, ensure_ascii=False)
     storage.write(folder / "sweep.json", text + "\n")
     listed = rows(found)
-    if not listed:
-        return
     columns = list(listed[0])
     lines = [columns, ["---"] * len(columns), *(list(row.values()) for row in listed)]
     storage.write(folder / "sweep.md", "".join(f"| {' | '.join(x)} |\n" for x in lines))
-    image = curves(folder, found)
+    image, without = None, ""
+    try:
+        image = curves(folder, found)
+    except ValueError as error:  # runs of other lengths, say, which have a table all the same
+        without = str(error)
     if image is not None:
         storage.write(folder / "sweep.png", image)
     report.write_sweep(folder, listed, image, failed)
+    return without
 
 
 def curves(folder: Path, found: dict[str, dict]) -> bytes | None:

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import stopping
+
 # An iteration is three or four programs, none of which reads all that the others leave behind.
 KEPT = 5
 
@@ -72,8 +74,12 @@ class Together:
         threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(works))]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except (KeyboardInterrupt, stopping.Terminated) as error:
+            # While a stage trains, a signal waits for its step, so no step is lost here.
+            stopping.leave(error, "; the same command goes on from the last checkpoints")
         return found
 
     def call(self, i: int, program: Callable, arguments: tuple) -> Any:

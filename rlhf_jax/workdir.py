@@ -89,7 +89,7 @@ def compare(folder: Path, run: dict) -> dict | None:
     if not folder.is_dir():
         raise ValueError(f"--workdir {folder} is a file; name a folder")
     if not (folder / "config.json").exists():
-        if not _is_empty(folder):
+        if not is_empty(folder):
             raise ValueError(
                 f"--workdir {folder} is not empty and has no config.json, so it is not a run; "
                 "name another folder"
@@ -353,13 +353,13 @@ class _Found(NamedTuple):
     texts: dict[str, str]  # the files that a run replaces when it begins
 
 
-def _is_empty(folder: Path) -> bool:
+def is_empty(folder: Path) -> bool:
     """Whether nothing is in a folder but what a process that was killed may have left behind."""
     return all(_LEFT_BEHIND.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _inspect(folder: Path) -> _Found:
-    empty = not folder.exists() or _is_empty(folder)
+    empty = not folder.exists() or is_empty(folder)
     # A bucket has no folders of its own: they come and go with what is in them.
     parents = () if storage.in_bucket(folder) else (folder, *folder.parents)
     missing = [path for path in parents if not path.exists()]

@@ -59,12 +59,95 @@ def test_points_are_the_grid_for_every_seed_and_those_of_a_seed_are_neighbours()
         (["ppo.kl_coef=many"], 1, "ppo.kl_coef=many is not what this setting is made of"),
         (["seed=1,2"], 3, "no 'seed' that is free to be counted up"),
         ([], 0, "--seeds 0 must be at least 1"),
+        ([], 10**11, "ask for 100000000000 runs; 10000 is the most"),
+        (["ppo.kl_coef=1,1.0"], 1, "ppo.kl_coef=1 and ppo.kl_coef=1.0 are the same settings"),
+        (["seed=-1"], 1, "seed=-1 is not what .*: .*seed=-1 must be"),
+        (["switch=maybe"], 1, "switch=maybe is not what"),
     ],
 )
 def test_a_sweep_over_what_does_not_exist_is_refused(swept, seeds, said, capsys):
     with pytest.raises(ValueError, match=said):
         sweep.points(Experiment(), swept, seeds)
     assert capsys.readouterr() == ("", "")
+
+
+def test_switches_are_swept_and_long_names_get_short_folders():
+    found = sweep.points(Experiment(), ["switch=True,False", "ppo.kl_coef=1"], 1)
+    assert [point.config.switch for point in found] == [True, False]
+    names = ["a/b", "a_b", "x" * 300, "x" * 299]
+    folders = [sweep.folder_of(name, 0) for name in names]
+    assert len(set(folders)) == 4 and folders[1] == "points/a_b/seed0"
+    assert all(len(part) < 150 for folder in folders for part in folder.split("/"))
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--sweep"], "--sweep names no setting"),
+        (["--seeds", "0"], "--seeds 0 must be at least 1"),
+        (["--sweep-shard", "1/4"], "--sweep-shard is of several runs"),
+        (["--together"], "--together is of several runs"),
+        (["--seeds", "2", "--sweep-shard", "1/4"], "there are 2 runs to share out"),
+        (["--seeds", "2", "--plan", "v5e:4x4"], "--plan is of one run"),
+    ],
+)
+def test_flags_of_a_sweep_that_is_none_are_refused_and_leave_nothing(tmp_path, capsys, flags, said):
+    with pytest.raises(SystemExit) as exit:
+        launch(pretend, Experiment(), ["--workdir", str(tmp_path / "w"), *flags])
+    assert exit.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_flag_that_is_given_twice_counts_twice(tmp_path):
+    flags = ["--sweep", "ppo.kl_coef=1,2", "--sweep", "ppo.num_epochs=1,3"]
+    assert len(launch(pretend, Experiment(), ["--workdir", str(tmp_path / "w"), *flags])) == 4
+
+
+def test_a_sweep_takes_no_folder_of_something_else(tmp_path, capsys):
+    launch(pretend, Experiment(), ["--workdir", str(tmp_path / "run")])
+    page = (tmp_path / "run" / "report.html").read_text()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.html").write_text("my own")
+    (tmp_path / "file").write_text("x")
+    for name, said in (
+        ("run", "holds a single run"),
+        ("mine", "is not empty and has no points/"),
+        ("file", "is a file"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            launch(pretend, Experiment(), ["--workdir", str(tmp_path / name), "--seeds", "2"])
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    assert (tmp_path / "run" / "report.html").read_text() == page
+    assert (tmp_path / "mine" / "report.html").read_text() == "my own"
+
+
+def test_only_runs_with_these_settings_count(tmp_path):
+    start = ["--workdir", str(tmp_path / "w"), "--sweep"]
+    launch(pretend, Experiment(), [*start, "ppo.kl_coef=1,2"])
+    found = launch(pretend, Experiment(), [*start, "ppo.kl_coef=1,2,3", "--switch"])
+    assert found["ppo.kl_coef=1"] == found["ppo.kl_coef=2"] == {}
+    assert found["ppo.kl_coef=3"]["ppo.kl"]["mean"] == 3.0
+
+
+def fails_otherwise(config, context):
+    """An error of another kind, and runs of other lengths."""
+    if config.ppo.num_epochs == 13:
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    with context.log.stage("ppo", 9) as stage:
+        for step in range(1 + config.seed):
+            stage.write(step, {"objective/kl": 0.5})
+    return {"ppo": {"kl": 0.5}}
+
+
+def test_no_error_of_a_point_ends_a_sweep_nor_does_a_figure_that_cannot_be_drawn(tmp_path, capsys):
+    flags = ["--sweep", "ppo.num_epochs=13,1", "--seeds", "2"]
+    found = launch(fails_otherwise, Experiment(), ["--workdir", str(tmp_path / "w"), *flags])
+    assert found["ppo.num_epochs=1"]["ppo.kl"]["mean"] == 0.5
+    said = capsys.readouterr().out
+    assert "seed 0 and 1 more: RuntimeError: RESOURCE_EXHAUSTED: out of memory" in said
+    assert (tmp_path / "w" / "sweep.json").exists() and (tmp_path / "w" / "report.html").exists()
 
 
 def test_seeds_need_a_seed():
@@ -135,6 +218,7 @@ def test_where_every_point_fails_the_sweep_fails(tmp_path, capsys):
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1
     assert "all 1 points failed; ppo.num_epochs=13, seed 0: thirteen epochs" in error
+    assert not (tmp_path / "w" / "sweep.json").exists()
 
 
 # -------------------------------------------------------------------------------------- real stages
