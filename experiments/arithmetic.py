@@ -44,7 +44,7 @@ from rlhf_jax import abstract, evaluation, pipeline
 from rlhf_jax import config as configuration
 from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import actor_critic, esrl, grpo, mrt, ppo, q_learning, reinforce, sft
-from rlhf_jax.config import Count, NonNegative, Share, Whole
+from rlhf_jax.config import Count, Draws, NonNegative, Share, Whole
 from rlhf_jax.data import batches, tokenizers
 from rlhf_jax.evaluation import Evaluation, Exam
 from rlhf_jax.launch import Context, launch
@@ -77,7 +77,7 @@ class ValueConfig(q_learning.Config):
     """Settings of Q-learning, the answers it learns from, and how much its values count."""
 
     prompts: Count = 7680
-    answers: Count = 2  # of the warm start to each of these prompts
+    answers: Draws = 2  # of the warm start to each of these prompts
     guide_weight: NonNegative = 8.0  # of Q, beside log p, in decoding
 
 
@@ -101,7 +101,7 @@ class Config(configuration.Config):
     mrt: mrt.Config
     esrl: esrl.Config
     ilql: ValueConfig
-    best_of: Count = 2  # answers to each held-out prompt: the n of best-of-n
+    best_of: Draws = 2  # answers to each held-out prompt: the n of best-of-n
     num_shown: Count = 8  # prompts in the table of samples
 
 

@@ -41,7 +41,7 @@ from rlhf_jax import abstract, evaluation, pipeline, processes
 from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import ppo, ppo_presets
 from rlhf_jax.algorithms.ppo_presets import Preset
-from rlhf_jax.config import Count
+from rlhf_jax.config import Draws
 from rlhf_jax.launch import Context, launch
 from rlhf_jax.tools import plot
 
@@ -75,7 +75,7 @@ class Config(quickstart.WarmUp):
     openrlhf: ppo_presets.OpenRlhfConfig = completed(ppo_presets.openrlhf)
     verl: ppo_presets.VerlConfig = completed(ppo_presets.verl)
     instructgpt: ppo_presets.InstructGptConfig = completed(ppo_presets.instructgpt)
-    best_of: Count = 4  # answers to each held-out prompt
+    best_of: Draws = 4  # answers to each held-out prompt
 
     def check(self) -> None:
         """Raises ValueError for a preset that there is not, for one named twice, or for none."""

@@ -31,7 +31,7 @@ import functools
 from rlhf_jax import abstract, evaluation, folders, pipeline
 from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import grpo
-from rlhf_jax.config import Count, Source
+from rlhf_jax.config import Draws, Source
 from rlhf_jax.data import batches, formats
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.launch import Context, launch
@@ -65,7 +65,7 @@ class Config(own_files.Common):
         sampling=Sampling(max_new_tokens=64),
         policy_optimizer=OptimizerConfig(learning_rate=1e-5, final_scale=0.1),
     )
-    best_of: Count = 4  # answers to each held-out prompt: the n of best-of-n
+    best_of: Draws = 4  # answers to each held-out prompt: the n of best-of-n
 
 
 config = Config()

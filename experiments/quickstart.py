@@ -29,7 +29,7 @@ from rlhf_jax import abstract, evaluation, folders, pipeline, processes
 from rlhf_jax import config as configuration
 from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import ppo, reward_model, sft
-from rlhf_jax.config import Count, Whole
+from rlhf_jax.config import Count, Draws, Whole
 from rlhf_jax.data import batches, builders, tokenizers
 from rlhf_jax.data.batches import Loader
 from rlhf_jax.data.records import Ends
@@ -57,7 +57,7 @@ class Config(WarmUp):
     """The warm start, PPO, and the evaluation."""
 
     ppo: ppo.Config
-    best_of: Count = 16  # answers to each held-out prompt: the n of best-of-n
+    best_of: Draws = 16  # answers to each held-out prompt: the n of best-of-n
     num_shown: Count = 4  # prompts in the table of samples
 
 

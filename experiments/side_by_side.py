@@ -46,7 +46,7 @@ from rlhf_jax.algorithms import (
     q_learning,
     reinforce,
 )
-from rlhf_jax.config import Count, NonNegative
+from rlhf_jax.config import Draws, NonNegative
 from rlhf_jax.evaluation import Exam
 from rlhf_jax.launch import Context, launch
 from rlhf_jax.models.transformer import Model
@@ -100,8 +100,8 @@ class Config(quickstart.Config):
     dpo: dpo.Config
     ilql: ValueConfig
     soft_q: ValueConfig
-    answers: Count = 10  # of the warm start to each training prompt, for Q-learning
-    best_of: Count = 4  # answers to each held-out prompt
+    answers: Draws = 10  # of the warm start to each training prompt, for Q-learning
+    best_of: Draws = 4  # answers to each held-out prompt
 
     def check(self) -> None:
         """Raises ValueError for an algorithm that there is not, or that is named twice."""

@@ -44,7 +44,7 @@ from rlhf_jax import abstract, evaluation, pipeline
 from rlhf_jax import config as configuration
 from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import ppo, reward_model, sft
-from rlhf_jax.config import Count, Positive, Whole
+from rlhf_jax.config import Count, Draws, Positive, Whole
 from rlhf_jax.data import batches, builders, formats, schema, tokenizers
 from rlhf_jax.data.batches import Examples, Loader
 from rlhf_jax.data.records import Ends
@@ -80,7 +80,7 @@ class Config(configuration.Config):
     sharpness: Positive = 8.0  # log-odds of a preference per unit of gold difference, nats
     reward_model: reward_model.Config
     ppo: ppo.Config
-    best_of: Count = 16  # answers to each held-out prompt: the n of best-of-n
+    best_of: Draws = 16  # answers to each held-out prompt: the n of best-of-n
     num_shown: Count = 4  # prompts in the table of samples
 
 

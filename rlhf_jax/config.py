@@ -61,6 +61,7 @@ MAX_FLOAT, MIN_FLOAT = float(np.finfo(np.float32).max), float(np.finfo(np.float3
 # What fields of a Config may be declared as, so that the Config checks them itself.
 Count = Annotated[int, Range(1)]  # 1, 2, ...
 Whole = Annotated[int, Range(0)]  # 0, 1, 2, ...
+Draws = Annotated[int, Range(1, 4096)]  # answers to one prompt
 # Of a stage: another seed is no other program.
 Seed = Annotated[int, Range(0), Traced()]
 Positive = Annotated[float, Range(0, open_low=True)]

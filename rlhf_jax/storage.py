@@ -58,6 +58,14 @@ def check_file(file: Path) -> None:
         )
 
 
+def is_file(file: Path) -> bool:
+    """Whether there is a file. Raises ValueError for a folder, a pipe or a device in its place."""
+    check_file(file)
+    if file.is_dir():
+        raise ValueError(f"{file}: a folder, where a file belongs; remove it")
+    return file.is_file()
+
+
 def check_output(option: str, file: Path, *inputs: Path) -> None:
     """Raises ValueError, before any work is done, where `file` cannot be written.
 

@@ -435,6 +435,16 @@ def test_a_pipe_in_place_of_weights_is_refused_unopened(tmp_path):
         huggingface.load(folder)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+@pytest.mark.parametrize("make, said", [(os.mkfifo, "a pipe or a device"), (os.mkdir, "a folder")])
+def test_a_pipe_or_a_folder_in_place_of_a_tokenizers_file_is_refused(tmp_path, name, make, said):
+    byte_tokenizer().save(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with refused(f"{name}: {said}"):
+        from_folder(tmp_path)
+
+
 # --- mixtures of experts --------------------------------------------------------------------------
 
 MIXTURES = [

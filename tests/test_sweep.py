@@ -232,11 +232,19 @@ class Two(Config):
 
 TWO = Two(
     sft=dataclasses.replace(tiny.SFT, num_steps=2),
-    ppo=dataclasses.replace(tiny.PPO, num_iterations=2, save_every=2),
+    # Four updates in each iteration.
+    ppo=dataclasses.replace(tiny.PPO, num_iterations=5, save_every=2),
 )
+ANSWERED = {}  # the responses of each iteration, by (kl_coef, seed)
 
 
 def two_stages(config, context):
+    answered = ANSWERED.setdefault((config.ppo.kl_coef, config.seed), [])
+
+    def reward(prompts, responses, rows):
+        answered.append(responses)
+        return [float(len(text)) for text in responses]
+
     told = [{"prompt": word, "completion": word[::-1]} for word in tiny.WORDS]
     both = batches.demonstrations(told, tiny.TOKENIZER, 4, 5)
     asked = batches.prompts(told, tiny.TOKENIZER, 4)
@@ -262,7 +270,7 @@ def two_stages(config, context):
         None,
         stage="ppo",
         seed=config.seed,
-        reward=lambda prompts, responses, rows: [float(len(text)) for text in responses],
+        reward=reward,
     )
     last = result.history[-1]
     return {"sft": found, "ppo": {"kl": last["objective/kl"], "loss": last["loss"]}}
@@ -292,11 +300,16 @@ def test_unchanged_stages_run_once_and_runs_equal_single_ones_also_together(
         for name, value in figures.items():
             assert found["ppo.kl_coef=0.5"][f"{stage}.{name}"]["values"]["1"] == value
     assert (tmp_path / "w" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    # And computed together.
+    # And computed together: the first responses, and the losses of 20 updates.
     capsys.readouterr()
+    alone = {run: each[:5] for run, each in ANSWERED.items()}
+    ANSWERED.clear()
     launch(two_stages, TWO, [*common, str(tmp_path / "t"), *flags, "--together"])
-    # Three programs in each of two iterations.
-    assert "6 programs were run for 4 runs together" in capsys.readouterr().out
+    # Three programs in each of five iterations.
+    assert "15 programs were run for 4 runs together" in capsys.readouterr().out
+    assert len(alone) == 4 and {run: each[0] for run, each in ANSWERED.items()} == {
+        run: each[0] for run, each in alone.items()
+    }
     files = sorted(path.relative_to(tmp_path / "w") for path in (tmp_path / "w").rglob("m*.jsonl"))
     assert len(files) == 4
     for file in files:
@@ -304,7 +317,7 @@ def test_unchanged_stages_run_once_and_runs_equal_single_ones_also_together(
         online = [
             [x for x in map(json.loads, text) if x["stage"] == "ppo"] for text in (one, other)
         ]
-        assert len(online[0]) == len(online[1]) == 2
+        assert len(online[0]) == len(online[1]) == 5
         for a, b in zip(*online):
             assert (
                 a["num_tokens"] == b["num_tokens"]

@@ -228,7 +228,7 @@ def from_folder(path: str | os.PathLike, pad_id: int | None = None) -> Tokenizer
     # chat template.
     settings = _read_json(folder / "special_tokens_map.json") | settings
     template = folder / "chat_template.jinja"
-    if template.is_file() and template.stat().st_size:
+    if storage.is_file(template) and template.stat().st_size:
         settings["chat_template"] = template.read_text(encoding="utf-8-sig")
     _check_settings(folder, settings)
     backend = _backend(folder)
@@ -336,7 +336,7 @@ def _byte_characters() -> dict[int, str]:
 
 
 def _backend(folder: pathlib.Path) -> tokenizers.Tokenizer:
-    if (folder / "tokenizer.json").is_file():
+    if storage.is_file(folder / "tokenizer.json"):
         try:
             text = (folder / "tokenizer.json").read_text(encoding="utf-8-sig")
             backend = tokenizers.Tokenizer.from_str(text)

@@ -16,7 +16,7 @@ import numpy as np
 from rlhf_jax import abstract, evaluation, folders, pipeline
 from rlhf_jax.abstract import Program
 from rlhf_jax.algorithms import ppo, ppo_variants, reward_model, sft
-from rlhf_jax.config import Count, Positive, Source, fold_seed
+from rlhf_jax.config import Draws, Positive, Source, fold_seed
 from rlhf_jax.data import batches, formats, mixing, tokenizers
 from rlhf_jax.data.batches import Examples, Loader
 from rlhf_jax.evaluation import Exam
@@ -48,11 +48,11 @@ class Config(own_files.Common):
     # are limited as those of demonstrations are.
     pretraining: Source = ""
     pretraining_format: str = ""  # as preferences_format
-    judge_draws: Count = 4  # answers to each held-out prompt that the judge compares
+    judge_draws: Draws = 4  # answers to each held-out prompt that the judge compares
     sft: sft.Config
     reward_model: reward_model.Config
     ppo: PpoConfig
-    best_of: Count = 4  # answers to each held-out prompt: the n of best-of-n
+    best_of: Draws = 4  # answers to each held-out prompt: the n of best-of-n
 
     def check(self) -> None:
         """Raises ValueError for a weight of text that there is not, or a format without a file."""
