@@ -22,6 +22,7 @@ from rlhf_jax.models import huggingface
 from rlhf_jax.models.huggingface import files
 
 HERE = pathlib.Path(__file__).parent
+FAST = "--xla_backend_optimization_level=0"  # see conftest.py
 
 
 def start(program, *arguments, folder, devices):
@@ -30,7 +31,7 @@ def start(program, *arguments, folder, devices):
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST}",
     }
     command = [sys.executable, str(HERE / program), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
