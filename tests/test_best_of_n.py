@@ -135,6 +135,7 @@ def test_imitating_its_only_response_changes_a_policy_not_at_all_on_average():
     assert np.abs(enumeration.z_scores(found, zero)).max() > 3
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_on_a_mesh_of_eight_and_may_filter_its_sampler():
     config = dataclasses.replace(TINY, sampling=Sampling(max_new_tokens=6, top_p=0.9))
     policy, history = run(config)

@@ -230,6 +230,7 @@ def test_the_first_candidate_is_the_reference_and_the_others_are_samples():
     assert (rollout.old_logprobs[given].sum(1) < 0).all() and other.given is None
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_on_a_mesh_of_eight():
     config = dataclasses.replace(TINY, batch_size=8, mle_share=0.3)
     policy, history = run(config)

@@ -339,6 +339,7 @@ def test_texts_without_prompts_do_not_stand_beside_prompts_in_a_template(
         task.read(dataclasses.replace(config, held_out=0.01), tokenizer)
 
 
+@pytest.mark.slow
 def test_more_iterations_replace_the_exported_policy(own_data, start, tmp_path, files, real_data):
     model = str(real_data / "models" / "stories260K")
     config = small(own_data, model=model, preferences=files["preferences"])

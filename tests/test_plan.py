@@ -140,6 +140,7 @@ def test_a_mesh_of_given_devices_uses_all_of_them(fsdp, change):
 # --- figures ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_two_more_layers_cost_two_layers_more(rows, slice_mesh):
     """A forward pass multiplies each token by every kernel and each pair of tokens twice; the

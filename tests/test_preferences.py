@@ -76,6 +76,7 @@ def test_the_model_of_harmlessness_is_measured_beside_length(experiment, tmp_pat
     assert f"{found['eval_accuracy']:.1%}</b><p>held-out comparisons, 95 % interval" in report
 
 
+@pytest.mark.slow
 def test_both_losses_are_measured_on_gpt4_on_people_and_by_model(experiment, tmp_path, few):
     module = experiment("reward_model_gpt4_comparisons")
     config = module.config

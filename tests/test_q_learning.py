@@ -318,7 +318,14 @@ def trained():
     return run()
 
 
-@every_method
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=() if name == "soft_q" else pytest.mark.slow)
+        for name, method in METHODS.items()
+    ],
+    ids=METHODS,
+)
 def test_the_values_of_every_method_raise_the_score(method):
     """2,048 responses of the policy, of which half of the tokens count, and 50 updates on them."""
     policy = tiny.model()
@@ -441,7 +448,7 @@ def test_a_guide_without_action_values_is_refused():
         drawn(tiny.model(), Guide(tiny.model(), 1.0))
 
 
-def test_a_method_is_passed_and_not_named():
+def test_a_method_is_passed_and_not_named(no_shape_checks):
     with pytest.raises(ValueError, match="method='ILQL' is no Method"):
         q_learning.run(RUN, tiny.model(), answers(), method="ILQL")
 

@@ -195,7 +195,11 @@ def run(config=TINY, mesh="1x1x1", **inputs):
     return reinforce.run(config, **(given | inputs))
 
 
-@pytest.mark.parametrize("baseline", [reinforce.greedy, reinforce.queue()], ids=["greedy", "queue"])
+@pytest.mark.parametrize(
+    "baseline",
+    [pytest.param(reinforce.greedy, marks=pytest.mark.slow), reinforce.queue()],
+    ids=["greedy", "queue"],
+)
 def test_a_run_is_the_same_on_a_mesh_of_eight(baseline):
     policy, history = run(baseline=baseline)
     other, others = run(mesh="2x2x2", baseline=baseline)
