@@ -245,9 +245,11 @@ def started_from(config: Config, folder: str) -> Config:
     hints = typing.get_type_hints(type(config))
     free = [name for name in EXPORTS if hints.get(name) is Source and not vars(config)[name]]
     if "model" not in free:
-        named = hints.get("model") is Source
-        why = "is named by --model already" if named else "is made by this experiment"
-        raise ValueError(f"--from {folder}: the model to start from {why}; leave one of them out")
+        if hints.get("model") is Source:
+            why = "is named by --model already; leave one of them out"
+        else:
+            why = "is made by this experiment; name an experiment with a flag --model"
+        raise ValueError(f"--from {folder}: the model to start from {why}")
     found = {
         name: str(where / path)
         for name in free
