@@ -136,20 +136,22 @@ def points(config: Config, swept: Sequence[str], seeds: int) -> list[Point]:
     first = vars(config).get("seed")
     if seeds > 1 and (first is None or "seed" in settings):
         raise ValueError(f"--seeds {seeds}: there is no 'seed' that is free to be counted up")
-    found = []
-    for number in range(seeds):
-        for values in itertools.product(*settings.values()):
-            chosen = dict(zip(settings, values))
-            flags = chosen if seeds == 1 else chosen | {"seed": str(first + number)}
-            changed = _with(config, flags)
-            name = ",".join(f"{k}={v}" for k, v in chosen.items()) or "all"
-            found.append(Point(name, vars(changed).get("seed", 0), changed))
-    alike: dict[str, Point] = {}
-    for point in found:
-        same = alike.setdefault(_hash(plain(dataclasses.asdict(point.config))), point)
-        if same is not point:
-            raise ValueError(f"--sweep: {same.name} and {point.name} are the same settings")
-    return found
+    grid: dict[str, Config] = {}
+    alike: dict[str, str] = {}
+    for values in itertools.product(*settings.values()):
+        chosen = dict(zip(settings, values))
+        name = ",".join(f"{k}={v}" for k, v in chosen.items()) or "all"
+        grid[name] = _with(config, chosen)
+        same = alike.setdefault(_hash(plain(dataclasses.asdict(grid[name]))), name)
+        if same != name:
+            raise ValueError(f"--sweep: {same} and {name} are the same settings")
+    if seeds == 1:
+        return [Point(name, vars(made).get("seed", 0), made) for name, made in grid.items()]
+    return [
+        Point(name, seed, dataclasses.replace(made, seed=seed))
+        for seed in range(first, first + seeds)
+        for name, made in grid.items()
+    ]
 
 
 def _parsed(config: Config, text: str) -> tuple[str, list[str]]:
@@ -222,8 +224,8 @@ def run(
     """Trains the chosen points, and returns the table of all that are finished: see `table`.
 
     `train(point, folder)` returns a run's summary, without training where it is finished. A run
-    that fails, for whatever reason, is reported, and the next one begins. Raises ValueError where
-    all of them fail.
+    that fails, for whatever reason, is reported, and the next one begins; with several processes
+    this holds for the errors that all of them have. Raises ValueError where all of them fail.
     """
     failed: dict[str, str] = {}
     for number, point in enumerate(chosen, 1):
@@ -232,6 +234,8 @@ def run(
             train(point, folder / point.folder)
         except Exception as error:  # of any kind: a device's memory may be full, for one
             own = isinstance(error, ValueError | OSError | TrainingStopped)
+            if not own and jax.process_count() > 1:  # the others may not have it, and would wait
+                raise
             kind = "" if own else f"{type(error).__name__}: "
             failed[point.title] = kind + " ".join(str(error).split())
             log.print(f"failed: {point.title}: {failed[point.title]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import time
@@ -88,8 +89,10 @@ class Checkpoints:
                 f"({_line(error)}); remove the folder of that step"
             ) from error
         for step in self._manager.all_steps() if best else ():
-            with contextlib.suppress(Exception):  # of a damaged one: `restore` says so
-                self._best.values[step] = float(self._described(step)["metrics"][best])
+            with contextlib.suppress(Damaged):  # `restore` says so
+                described = _readable(functools.partial(self._described, step))
+                if best in described.get("metrics", {}):
+                    self._best.values[step] = described["metrics"][best]
 
     def steps(self) -> list[int]:
         """The steps that are stored, the newest one first, without those found damaged."""
@@ -129,7 +132,7 @@ class Checkpoints:
             return
         flat = stacking.split_names(_flat(tree))
         self._check_room(flat)
-        described = {"checksums": checksums(flat), "metrics": self._told(step, metrics or {})}
+        described = {"checksums": checksums(flat), "metrics": self._of_best(step, metrics or {})}
         try:
             arguments = ocp.args.StandardSave(flat)
             self._manager.save(step, args=arguments, custom_metadata=described, force=True)
@@ -215,7 +218,7 @@ class Checkpoints:
             error = f"No space left: it takes {needed / 2**20:.1f} MiB, {room / 2**20:.1f} are free"
             raise self._not_written(OSError(error))
 
-    def _told(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
+    def _of_best(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
         """The metric of a step that tells the best checkpoint, {} where it has none.
 
         Raises ValueError for a metric that does not exist.
